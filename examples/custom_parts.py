@@ -1,4 +1,4 @@
-"""Parts of published layers as classes of one's own: the experts of GPT-OSS, and the router of Chen 2022.
+"""Parts of published layers as custom classes: GPT-OSS's experts, and the router from Chen 2022.
 
 python examples/custom_parts.py  # builds both layers
 """
@@ -11,7 +11,10 @@ from mixture_of_experts.ops import ClampedSwiGLU, Network, routed_ffn
 
 
 class GptOssExperts(RoutedExperts):
-    """Gate and up are interleaved and clamped. Parameters have the names and shapes of the published checkpoints."""
+    """Experts with interleaved and clamped gate and up projections.
+
+    Parameters have the same names and shapes as in the published checkpoints.
+    """
 
     def __init__(self, dim, num_experts, hidden_dim, alpha=1.702, limit=7.0):
         super().__init__()
@@ -34,7 +37,7 @@ class GptOssExperts(RoutedExperts):
 
 
 class UniformNoiseGate(TokenChoiceGate):
-    """One expert by logit plus uniform noise, weighted by the softmax without noise (arXiv 2208.02813)."""
+    """Selects one expert by logit plus uniform noise, and weights it with the noiseless softmax (arXiv 2208.02813)."""
 
     def __init__(self, dim, num_experts, noise=1.0, **settings):
         super().__init__(dim, num_experts, k=1, **settings)
@@ -50,7 +53,10 @@ class UniformNoiseGate(TokenChoiceGate):
 
 
 def build_gpt_oss(dim=64, num_experts=32, k=4):
-    """A softmax over the chosen logits is a softmax over all of them, normalized over the chosen ones."""
+    """Build a GPT-OSS layer.
+
+    A softmax over the chosen logits equals a softmax over all logits, normalized over the chosen ones.
+    """
     gate = TopKGating(dim, num_experts, k, bias=True, balance_over="batch")
     return MoE(dim, gate=gate, experts=GptOssExperts(dim, num_experts, hidden_dim=dim))
 

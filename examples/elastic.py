@@ -1,8 +1,9 @@
-"""Train an upcycled causal model on nodes that come and go: FSDP2, experts spread over ranks, checkpoints, restarts.
+"""Train an upcycled causal model on nodes that fail and join: FSDP2, expert parallelism, checkpoints, restarts.
 
-    torchrun examples/elastic.py  # one process and a small model; --model FOLDER_OR_NAME for one's own
+    torchrun examples/elastic.py  # one process, small model; --model FOLDER_OR_NAME trains another
 
-docs/distributed/trainers.md has the commands for nodes. It needs the extra `hf`, and `--out` on a shared file system.
+docs/distributed/trainers.md lists the commands for several nodes. This program needs the extra `hf`, and `--out` must
+be on a shared file system.
 """
 
 import argparse
@@ -36,9 +37,9 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.set_default_device("cuda")
-    dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # a rank that waits for longer gives up
+    dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # ranks give up after this time
     rank, world = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)  # all ranks begin with one model
+    torch.manual_seed(0)  # all ranks must start with the same model
     model, to_tokens = load_model(args.model)
     shard_model(model, world)
     by_mesh: dict[object, list[Tensor]] = {}
@@ -48,10 +49,10 @@ def main() -> None:
     done = load_checkpoint(args.out, model, optimizer)["step"] if list_checkpoints(args.out) else 0
     tokens = to_tokens("".join(map(Path.read_text, sorted(Path(os.__file__).parent.glob("a*.py")))))  # your text here
     for step in range(done + 1, args.steps + 1):
-        torch.manual_seed(step)  # a step has the same batch, however many ranks share it: their number divides it
+        torch.manual_seed(step)  # the batch does not depend on the number of ranks, which must divide it
         starts = torch.randint(len(tokens) - args.context, (args.batch,)).tolist()
         own = torch.stack([tokens[start : start + args.context] for start in starts[rank::world]])
-        loss = model(own, labels=own).loss  # the auxiliary loss is in it
+        loss = model(own, labels=own).loss  # includes the auxiliary loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """A mixture, upcycled if it is none yet, and a function from text to tokens (n,)."""
+    """Load a mixture, or upcycle a dense model. Also return a function that converts text to tokens (n,)."""
     model = (
         AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
         if name
@@ -78,7 +79,10 @@ def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
 
 
 def shard_model(model: nn.Module, world: int) -> None:
-    """Experts over as many ranks as divide them, their replicas over the others, everything else over all ranks."""
+    """Shard the experts over as many ranks as divide them, and replicate these shards on the other ranks.
+
+    All other parameters are sharded over all ranks.
+    """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     ranks = math.gcd(world, *(layer.num_experts for layer in layers.values()))
     mesh = init_device_mesh(next(model.parameters()).device.type, (world // ranks, ranks), mesh_dim_names=("dp", "ep"))

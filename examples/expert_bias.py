@@ -1,6 +1,8 @@
-"""Auxiliary-loss-free balancing: sixteen experts, three of them favored at the start, with and without an expert bias.
+"""Auxiliary-loss-free balancing of sixteen experts, three of which are favored at the start.
 
-python examples/expert_bias.py  # seconds
+The program trains with and without an expert bias.
+
+python examples/expert_bias.py  # takes seconds
 """
 
 import torch
@@ -11,13 +13,13 @@ from mixture_of_experts import GatedExperts, MoE, TopKGating, balance_experts
 
 
 def train(rate, seed=0, steps=200, dim=32, num_experts=16):
-    """Return the load of the busiest expert relative to the mean, before and after some steps on a small task."""
+    """Return the busiest expert's load divided by the mean load, before and after training on a small task."""
     torch.manual_seed(seed)
     gate = TopKGating(dim, num_experts, k=2, score="sigmoid", expert_bias=rate is not None)
     experts = GatedExperts(dim, num_experts, hidden_dim=16)
     moe = MoE(dim, gate=gate, experts=experts, loss_coef=0.0)
     task = nn.Linear(dim, dim).requires_grad_(False)
-    common = F.normalize(torch.randn(dim), dim=0)  # a direction that all tokens share, and three experts respond to
+    common = F.normalize(torch.randn(dim), dim=0)  # a direction that all tokens share and that three experts respond to
     gate.w_gating.data[:, :3] += common[:, None]
 
     def tokens(sequences):

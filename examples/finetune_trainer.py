@@ -1,11 +1,12 @@
-"""An upcycled model of `transformers` in the Trainer: accumulation, statistics, LoRA on attention and experts, saving.
+"""Fine-tune an upcycled `transformers` model in the Trainer, with statistics and with LoRA on attention and experts.
 
     python examples/finetune_trainer.py             # about a minute on two CPU cores
     python examples/finetune_trainer.py --no-lora   # train all weights
 
-It needs the extra `hf`: `pip install "path/to/clone[hf]"`. The model is a small Llama with random weights, as nothing
-is downloaded; it reads bytes of the standard library's sources, and LoRA has little to build on: this shows how it is
-done. With a model of your own, `LlamaForCausalLM.from_pretrained(...)` stands in the place of `small_llama()`.
+This program needs the extra `hf`: `pip install "path/to/clone[hf]"`. To avoid downloads, it uses a small Llama with
+random weights, which reads the standard library's source code as bytes. LoRA gains little on random weights; the
+example only shows the procedure. To fine-tune your own model, replace `small_llama()` with
+`LlamaForCausalLM.from_pretrained(...)`.
 """
 
 import argparse
@@ -43,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.out,
         max_steps=arguments.steps,
         per_device_train_batch_size=8,
-        gradient_accumulation_steps=4,  # the auxiliary loss counts as the task's does
+        gradient_accumulation_steps=4,  # the auxiliary loss is accumulated like the task's loss
         learning_rate=arguments.learning_rate,
         logging_steps=max(1, arguments.steps // 8),
         save_strategy="no",
-        report_to=[],  # "tensorboard", "wandb": the routers' numbers go there too
+        report_to=[],  # "tensorboard" and "wandb" also receive the router statistics
         use_cpu=True,
         disable_tqdm=True,
         seed=arguments.seed,
@@ -87,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_windows(files: Sequence[Path], count: int) -> list[dict[str, Tensor]]:
-    """Bytes of the files, cut at places that are spread evenly."""
+    """Cut `count` evenly spaced windows from the bytes of the files."""
     text = torch.tensor(list(b"".join(map(Path.read_bytes, files))))
     cut = text.unfold(0, CONTEXT, (len(text) - CONTEXT) // (count - 1))[:count]
     return [{"input_ids": window, "labels": window} for window in cut]

@@ -1,12 +1,13 @@
-"""An upcycled model of `transformers` in TRL: supervised fine-tuning (SFT), then reinforcement learning (GRPO).
+"""Train an upcycled `transformers` model in TRL: supervised fine-tuning (SFT), then reinforcement learning (GRPO).
 
     python examples/finetune_trl.py               # less than a minute on one CPU core
-    python examples/finetune_trl.py --coef 0      # without the balancing loss
+    python examples/finetune_trl.py --coef 0      # without the load-balancing loss
 
-It needs the extra `hf` and TRL: `pip install "path/to/clone[hf]" trl`. The model is a small Llama with random weights
-and a tokenizer of characters, as nothing is downloaded. It learns to sort digits: from solutions first, then from a
-reward for its own. TRL's trainers ask a model with routers for `aux_loss`, and `upcycle` has it answer. With a model of
-your own, `AutoModelForCausalLM.from_pretrained(...)` stands in the place of `small_llama()`, beside its tokenizer.
+This program needs the extra `hf` and TRL: `pip install "path/to/clone[hf]" trl`. To avoid downloads, it uses a small
+Llama with random weights and a character tokenizer. The model learns to sort digits, first from solutions and then from
+rewards for its own answers. TRL's trainers request `aux_loss` from models with routers, and upcycled models return it.
+To train your own model, replace `small_llama()` with `AutoModelForCausalLM.from_pretrained(...)`, and load its
+tokenizer.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-steps", type=int, default=60)
     parser.add_argument("--grpo-steps", type=int, default=150)
-    parser.add_argument("--coef", type=float, default=0.01, help="of the layers' balancing losses; 0: none")
+    parser.add_argument("--coef", type=float, default=0.01, help="load-balancing loss coefficient; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_trl"))
     args = parser.parse_args(argv)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = small_llama(len(tokenizer))
     print("experts in", ", ".join(upcycle(model, num_experts=8, k=2)))
     common: dict[str, Any] = dict(output_dir=str(args.out), router_aux_loss_coef=args.coef, seed=args.seed)
-    common |= dict(per_device_train_batch_size=128, use_cpu=True, bf16=False)  # on a GPU leave both out
+    common |= dict(per_device_train_batch_size=128, use_cpu=True, bf16=False)  # remove both to train on a GPU
     common |= dict(save_strategy="no", report_to=[], disable_tqdm=True)
 
     every = max(1, args.sft_steps // 5)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = GRPOConfig(max_steps=args.grpo_steps, learning_rate=3e-4, logging_steps=every, **common)
     data = Dataset.from_list([{"prompt": row["prompt"], "right": row["completion"]} for row in solved])
     grpo = GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer)
-    run(grpo, "reward", "aux_loss")  # no `log_routing`: it would count the sampled tokens too, one by one
+    run(grpo, "reward", "aux_loss")  # without `log_routing`, which would also count each sampled token
     print(f"sorted after GRPO: {share_sorted(model, tokenizer, new):.0%}")
 
     model.save_pretrained(args.out / "model")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(trainer: Trainer, *logged: str) -> None:
-    """Train, and print some of what is logged."""
+    """Train, and print the loss and the `logged` metrics."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     for entry in trainer.state.log_history:

@@ -1,9 +1,9 @@
-"""A GPT whose feed-forward networks are dropless mixtures of experts: all of it, in seventy lines to copy.
+"""A complete GPT whose feed-forward networks are dropless mixtures of experts, in seventy lines to copy.
 
-    python examples/gpt.py                                  # two minutes on two CPU cores; on a GPU, if there is one
+    python examples/gpt.py                                  # two minutes on two CPU cores; uses a GPU if available
     python examples/gpt.py --steps 3000 --dim 256
 
-It learns to predict the bytes of Python's own library, and then writes on from the first ones.
+The model learns to predict the bytes of Python's standard library, and then continues the first bytes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from mixture_of_experts import recipes
 
 
 def apply_rotary(x):
-    """Each pair of features of x (b, h, n, f), turned by an angle that grows with its place (arXiv 2104.09864)."""
+    """Rotate each pair of features in x (b, h, n, f) by an angle that grows with its position (arXiv 2104.09864)."""
     places, pairs = torch.arange(x.shape[-2], device=x.device), torch.arange(0, x.shape[-1], 2, device=x.device)
     turn = torch.polar(torch.ones_like(places)[:, None].float(), places[:, None] * 10_000.0 ** (-pairs / x.shape[-1]))
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
@@ -30,7 +30,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        # two of eight SwiGLU experts a byte; the balancing loss is scaled by the number of layers
+        # each byte uses two of eight SwiGLU experts; the load-balancing loss is scaled for the number of layers
         self.moe = recipes.mixtral(dim, num_experts=8, hidden_dim=2 * dim, layers=depth)
 
     def forward(self, x):
@@ -70,7 +70,7 @@ def main(given=None):
         windows = text[starts + torch.arange(options.context + 1, device=device)]
         logits, aux_loss = model(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        (loss + aux_loss).backward()  # the auxiliary loss keeps the experts' loads even
+        (loss + aux_loss).backward()  # the auxiliary loss balances the experts' loads
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
-"""GPTQ (arXiv 2210.17323): 4-bit experts whose rounding errors cancel on the tokens that they process.
+"""GPTQ (arXiv 2210.17323): quantizes experts to 4 bits so that rounding errors cancel on the tokens they process.
 
-python examples/gptq.py  # the error of a small layer's outputs, rounded to nearest and by GPTQ
+python examples/gptq.py  # compares the output errors of rounding to nearest and GPTQ
 """
 
 import copy
@@ -14,7 +14,7 @@ from mixture_of_experts.unstack import UnstackedExperts, restack, unstack
 
 @torch.no_grad()
 def moments(model, batches, part=None):
-    """XᵀX of the inputs of w1 (and w3) and w2 of each expert, for all experts of the model or of a part of it."""
+    """Compute XᵀX for the inputs of each expert's w1 (and w3) and w2, in the whole model or in a part of it."""
     found, part = {}, model if part is None else part
 
     def add(key):
@@ -24,7 +24,7 @@ def moments(model, batches, part=None):
 
         return hook
 
-    unstack(part)  # into linear layers: one for each expert, which gets the expert's tokens alone
+    unstack(part)  # each expert gets its own linear layers, which receive only that expert's tokens
     try:
         for stack, experts in part.named_modules():
             for i, expert in enumerate(experts if isinstance(experts, UnstackedExperts) else ()):
@@ -38,21 +38,24 @@ def moments(model, batches, part=None):
 
 
 def gptq(moments, damping=0.01):
-    """Return a function for `rounding=`. With XᵀX = LᵀL, the squared error of the outputs is |L (weight - rounded)|²;
-    row i contains the errors of inputs up to i, and the rounded value of input i minimizes it."""
+    """Return a function for `rounding=`.
+
+    With XᵀX = LᵀL, the squared error of the outputs is |L (weight - rounded)|². Row i of the product contains the
+    errors of inputs up to i, and the rounded value of input i minimizes this row.
+    """
 
     def rounding(name, expert, weight):
         stack, _, key = name.rpartition(".")
         if not any(stack == known for known, *_ in moments):
-            raise ValueError(f"{stack} has no moments: give quantize_experts the model, or the part, that moments got")
+            raise ValueError(f"{stack} has no moments: give quantize_experts the model, or the part, passed to moments")
         moment = moments.get((stack, "w1" if key == "w3" else key, expert))
         if moment is None or not moment.any():
-            return None  # no token came here
+            return None  # this expert received no tokens
         low, high = weight.aminmax(dim=1, keepdim=True)
-        step = ((high - low) / 15).bfloat16().float()  # as it is stored
+        step = ((high - low) / 15).bfloat16().float()  # the stored precision
         zero = (low + 8 * step).bfloat16().float()
         step[step == 0] = 1
-        order = moment.diagonal().argsort(descending=True)  # large inputs first
+        order = moment.diagonal().argsort(descending=True)  # largest inputs first
         moment = moment[order][:, order].double()
         moment.diagonal().add_(damping * moment.diagonal().mean())
         lower = torch.linalg.cholesky(moment.flip(0, 1), upper=True).flip(0, 1)

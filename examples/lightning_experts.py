@@ -1,6 +1,6 @@
-"""Lightning with sharded experts: expert parallelism and FSDP2, by `ModelParallelStrategy`. Needs lightning.
+"""Train with expert parallelism and FSDP2 in Lightning, using `ModelParallelStrategy`. Needs lightning.
 
-python examples/lightning_experts.py --devices 2 --expert-ranks 2  # processes on a CPU, or GPUs
+python examples/lightning_experts.py --devices 2 --expert-ranks 2  # two CPU processes or two GPUs
 """
 
 import argparse
@@ -49,10 +49,10 @@ def loss_of(out):
 
 
 class Mixture(lightning.LightningModule):
-    expert_ranks = 1  # ranks that share the experts of a layer; the other ranks have replicas
+    expert_ranks = 1  # ranks that share a layer's experts; other ranks hold replicas
 
     def configure_model(self):
-        if hasattr(self, "model"):  # Lightning may call it again
+        if hasattr(self, "model"):  # Lightning may call this method again
             return
         self.model, world = build(), self.trainer.world_size
         sizes = (world // self.expert_ranks, self.expert_ranks)

@@ -1,8 +1,8 @@
-"""Weights of layers of torchtitan, Megatron, DeepSpeed, Tutel and fairscale, loaded into layers of this package.
+"""Load layer weights from torchtitan, Megatron, DeepSpeed, Tutel and fairscale into layers of this package.
 
     python examples/migrate.py  # converts random weights
 
-Each function takes a dict with the tensors of one layer, as the docstring names them: docs/migration.md.
+Each function takes a dict of one layer's tensors, with the names in its docstring. See docs/migration.md.
 """
 
 import torch
@@ -13,7 +13,7 @@ from mixture_of_experts import Experts, GatedExperts, MoE, Top2Gating, TopKGatin
 
 @torch.no_grad()
 def from_torchtitan(theirs, k=2):
-    """Names below `layers.N.moe`; sigmoid scores, weights that are not normalized."""
+    """Convert the tensors under `layers.N.moe`, with sigmoid scores and weights that are not normalized."""
     router = theirs["router.gate.weight"]
     w1, w2, w3 = (theirs[f"routed_experts.inner_experts.{name}"] for name in ("w1_EFD", "w2_EDF", "w3_EFD"))
     (num_experts, dim), hidden_dim = router.shape, w1.shape[1]
@@ -28,7 +28,7 @@ def from_torchtitan(theirs, k=2):
 
 @torch.no_grad()
 def from_megatron(theirs, k=2):
-    """Names below `decoder.layers.N.mlp`, SwiGLU, one pair of matrices for each expert."""
+    """Convert the tensors under `decoder.layers.N.mlp`, with SwiGLU and one pair of matrices for each expert."""
     num_experts, dim = theirs["router.weight"].shape
     first, second = (
         torch.stack([theirs[f"experts.local_experts.{i}.linear_fc{j}.weight"].T for i in range(num_experts)])
@@ -44,8 +44,10 @@ def from_megatron(theirs, k=2):
 
 
 def from_deepspeed(theirs, expert, *, k=1, capacity_factor=1.25, group_size=512):
-    """Names below the layer, `deepspeed_moe` first. `expert()` constructs one expert; `group_size` tokens queue
-    together."""
+    """Convert the tensors under the layer, whose names begin with `deepspeed_moe`.
+
+    `expert()` constructs one expert, and `group_size` is the number of tokens that queue together.
+    """
     router = theirs["deepspeed_moe.gate.wg.weight"]
     num_experts, dim = router.shape
     gate = TopKGating(dim, num_experts, k, capacity_factor_train=capacity_factor, capacity_factor_eval=1.0)
@@ -57,7 +59,7 @@ def from_deepspeed(theirs, expert, *, k=1, capacity_factor=1.25, group_size=512)
 
 
 def from_tutel(theirs, k=2, activation=nn.ReLU):
-    """Names as in its state dict; a capacity_factor of 0, which is dropless."""
+    """Convert the layer's state dict, for a capacity_factor of 0, which is dropless."""
     num_experts, hidden_dim, dim = theirs["experts.batched_fc1_w"].shape
     experts = Experts(dim, num_experts, hidden_dim, activation, bias=True)
     moe = MoE(dim, gate=TopKGating(dim, num_experts, k), experts=experts)
@@ -73,7 +75,7 @@ def from_tutel(theirs, k=2, activation=nn.ReLU):
 
 
 def from_fairscale(theirs, experts, coefficient=0.01):
-    """`gate.wg.weight` (dim, experts) of a Top2Gate, the list of its experts, and the coefficient of its l_aux."""
+    """Convert `gate.wg.weight` (dim, experts) of a Top2Gate, with a list of its experts and its l_aux coefficient."""
     dim, num_experts = theirs["gate.wg.weight"].shape
     gate = Top2Gating(dim, num_experts, capacity_factor_train=2.0, second_policy_train="all", min_expert_capacity=1)
     gate.load_state_dict({"w_gating": theirs["gate.wg.weight"]})

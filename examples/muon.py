@@ -1,6 +1,6 @@
-"""Muon for the stacked weights of experts: the update of each matrix is orthogonalized, all experts at once.
+"""Muon for stacked expert weights: orthogonalizes the update of each matrix, for all experts at once.
 
-python examples/muon.py  # one step of a small layer, with AdamW for its router
+python examples/muon.py  # trains a small layer for one step, with AdamW for its router
 """
 
 import torch
@@ -9,7 +9,10 @@ from mixture_of_experts import MoE, TopKGating
 
 
 def orthogonal(x):
-    """Each matrix of x (..., p, q) with singular values near 1, by five Newton-Schulz steps; 0.2 √max(p, q) times."""
+    """Set the singular values of each matrix in x (..., p, q) near 1 with five Newton-Schulz steps.
+
+    The result is scaled by 0.2 √max(p, q).
+    """
     p, q = x.shape[-2:]
     y = (x if p <= q else x.mT).reshape(-1, min(p, q), max(p, q))
     y = y.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
@@ -23,7 +26,7 @@ def orthogonal(x):
 
 class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, fused=None):
-        """In a group with `fused=1`, dimension 1 holds gate and up one after the other: two matrices per expert."""
+        """In groups with `fused=1`, dimension 1 contains two matrices per expert: gate, then up."""
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, fused=fused))
 
     @torch.no_grad()
@@ -45,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 def main():
     torch.manual_seed(0)
     moe = MoE(dim=64, hidden_dim=128, gate=TopKGating(64, num_experts=4, k=2))
-    stacks = [p for name, p in moe.named_parameters() if name.startswith("experts.w")]  # and matrices of attention
+    stacks = [p for name, p in moe.named_parameters() if name.startswith("experts.w")]  # plus attention matrices
     others = [p for name, p in moe.named_parameters() if not name.startswith("experts.w")]  # routers, embeddings, norms
     muon, adamw = Muon(stacks, lr=3e-3), torch.optim.AdamW(others, lr=3e-3)
 

@@ -1,9 +1,9 @@
-"""Choices of older weights, which DeepSeek-V4 calls anticipatory routing (arXiv 2606.19348).
+"""Route with earlier weights, which DeepSeek-V4 calls anticipatory routing (arXiv 2606.19348).
 
-python examples/older_choices.py  # seconds
+python examples/older_choices.py  # takes seconds
 
-Weights from some steps earlier choose the experts, and the current ones compute everything else: each batch is recorded
-when it is fetched, and replayed at its training step.
+The weights from a few steps earlier choose the experts, and the current weights compute everything else. The choices
+for each batch are recorded when it is fetched, and replayed at its training step.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from mixture_of_experts.replay import record_routing, replay_routing
 
 
 def with_older_choices(model, batches, delay):
-    """Yield each batch with the choices that the model made for it `delay` steps before."""
+    """Yield each batch with the choices that the model made for it `delay` steps earlier."""
     waiting = deque()
     for batch in batches:
         with torch.no_grad(), record_routing(model) as records:
@@ -27,7 +27,7 @@ def with_older_choices(model, batches, delay):
 
 
 def main(delay=3, steps=10):
-    """Train a layer to reverse the features of tokens, and return the losses."""
+    """Train a layer to reverse the features of each token, and return the losses."""
     moe, found = MoE(dim=32, gate=TopKGating(32, 8, expert_bias=True)), []
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
     balance_experts(moe, optimizer)

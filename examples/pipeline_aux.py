@@ -1,11 +1,11 @@
-"""A layer for pipeline parallelism, whose auxiliary loss is added in the backward: docs/distributed/trainers.md."""
+"""A layer for pipeline parallelism that adds its auxiliary loss in the backward. See docs/distributed/trainers.md."""
 
 import torch
 from torch import nn
 
 
 class AuxInBackward(nn.Module):
-    """Returns only the output of a layer; the backward adds the gradient of `scale * aux_loss`."""
+    """Returns only a layer's output. The backward adds the gradient of `scale * aux_loss`."""
 
     def __init__(self, moe, scale=1.0):
         super().__init__()

@@ -1,6 +1,6 @@
-"""A provider: statistics, replay and balancing for the routers of another library, here one called acme.
+"""A provider, which enables statistics, replay and balancing for another library's routers, here acme's.
 
-python examples/provider.py  # tracks two blocks of it
+python examples/provider.py  # tracks two acme blocks
 """
 
 import torch
@@ -12,9 +12,9 @@ from mixture_of_experts.summary import summary
 
 
 class SparseBlock(nn.Module):
-    """A block of a library called acme."""
+    """A sparse block of a library called acme."""
 
-    __module__ = "acme.blocks"  # as if the class were defined there
+    __module__ = "acme.blocks"  # as if acme defined the class
 
     def __init__(self, dim, num_experts, top_k):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Which expert computes which token: a text in which each token has the color of its expert. A function to import.
+"""A function that draws text with each token in its expert's color.
 
-It needs Matplotlib. The routing is what `mixture_of_experts.stats.routing_of(model, ids)` has of a token-choice gate.
+It needs Matplotlib. `mixture_of_experts.stats.routing_of(model, ids)` returns the routing of each token-choice gate.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from mixture_of_experts import Routing
 
 
 def draw_text(tokens: Sequence[str], routing: Routing, width: int = 100) -> Figure:
-    """A text in which each token has the color of the expert that computes it with the largest weight. A token that no
-    expert computes is white."""
+    """Draw a text in which each token has the color of the expert with the largest weight among those that compute it.
+
+    A token that no expert computes is white.
+    """
     if routing.k is None:
-        raise ValueError("in expert choice tokens have no choices: give the routing of another gate")
+        raise ValueError("tokens make no choices in expert choice: pass the `routing` of another gate")
     weight, expert = (each.view(len(tokens), routing.k) for each in (routing.weight, routing.expert))
     largest, choice = weight.max(dim=1, keepdim=True)
     computed = zip(largest.flatten().tolist(), expert.gather(1, choice).flatten().tolist(), strict=True)

@@ -1,4 +1,7 @@
-"""The experts of torchtitan's models, computed by this package: docs/distributed/trainers.md. Needs torchtitan 0.3."""
+"""Compute the experts of torchtitan models with this package. Needs torchtitan 0.3.
+
+See docs/distributed/trainers.md.
+"""
 
 from dataclasses import dataclass
 

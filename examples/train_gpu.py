@@ -1,10 +1,10 @@
-"""A byte-level language model on a GPU: dense against mixture of experts, at equal active parameters and equal time.
+"""Compare a dense language model with a mixture of experts on a GPU, at equal active parameters and training time.
 
-    python examples/train_gpu.py --seconds 60                       # both, compiled, in bfloat16
+    python examples/train_gpu.py --seconds 60                       # trains both, compiled, in bfloat16
     python examples/train_gpu.py --device cpu --eager --dim 64 --seconds 10
 
-It reads the source of Python's own library, trains both models for as long, and prints the loss on held-out files (in
-bits a byte) over the seconds of training, compiling not counted.
+The program trains both models for the same time on the source code of Python's standard library. It prints the loss on
+held-out files, in bits per byte, over the training time, which excludes compilation.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mixture_of_experts import GatedExperts, MoE, TopKGating
 
 
 class Dense(nn.Module):
-    """A gated feed-forward network of k experts' width."""
+    """A gated feed-forward network that is as wide as k experts together."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -80,15 +80,15 @@ def train(model, texts, arguments, together=10):
     while seconds < arguments.seconds:
         before, step = time.perf_counter(), step + together
         cosine = 0.55 + 0.45 * math.cos(math.pi * seconds / arguments.seconds)
-        optimizer.param_groups[0]["lr"] = arguments.rate * cosine * min(step / 100, 1.0)  # a warm-up, then down
-        for _ in range(together):  # each look at the clock waits for the GPU
+        optimizer.param_groups[0]["lr"] = arguments.rate * cosine * min(step / 100, 1.0)  # a warm-up, then cosine decay
+        for _ in range(together):  # reading the clock waits for the GPU, so do it once for several steps
             loss, aux_loss = loss_on(texts[0])
             (loss + aux_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         loss.item()
-        seconds += time.perf_counter() - before if step > together else 0.0  # the first ones compile
+        seconds += time.perf_counter() - before if step > together else 0.0  # the first steps compile
         if seconds >= min(report, arguments.seconds):
             with torch.no_grad():
                 model.eval()
@@ -101,7 +101,7 @@ def train(model, texts, arguments, together=10):
 def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--eager", action="store_true", help="do not use torch.compile")
     for name, value in dict(seconds=60.0, rate=1e-3, dim=512, depth=6, context=512, batch=32).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = parser.parse_args(given)

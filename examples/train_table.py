@@ -1,11 +1,12 @@
-"""A multi-gate mixture of experts on a table (MMoE, Ma et al. 2018): two tasks share the experts, each has its gate.
+"""Train a multi-gate mixture of experts on tabular data (MMoE, Ma et al. 2018): two tasks share experts, not gates.
 
     python examples/train_table.py                 # seconds on a CPU
     python examples/train_table.py --k 1           # sparse: each task sends a row to one expert
 
-The table is made on the way: rows of shoppers in four segments, and for each whether they click and whether they buy.
-Both depend on the columns by rules of the segment, and the two tasks agree in some segments only. Beside the mixture
-stands one network of as many parameters that both tasks share whole (a shared bottom).
+The program generates the table. Each row describes a shopper in one of four segments. Its two labels state whether the
+shopper clicks and whether the shopper buys. Each segment has its own rules for computing the labels from the columns,
+and the two tasks agree only in some segments. The baseline is a shared bottom: a single network for both tasks, with as
+many parameters as the mixture.
 """
 
 import argparse
@@ -21,16 +22,16 @@ COLUMNS, SEGMENTS, TASKS = 16, 4, ("clicks", "buys")
 
 
 def table(rows: int, rules: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(rows, 16)` columns and `(rows, 2)` labels by the rules `(4, 2, 16)` of the segments."""
+    """Generate columns `(rows, 16)`, and labels `(rows, 2)` that follow the segments' `rules` `(4, 2, 16)`."""
     x = torch.randn(rows, COLUMNS, generator=generator)
-    segment = 2 * (x[:, 0] > 0).long() + (x[:, 1] > 0).long()  # two columns tell the segment
+    segment = 2 * (x[:, 0] > 0).long() + (x[:, 1] > 0).long()  # two columns determine the segment
     score = torch.einsum("rtc,rc->rt", rules[segment], x)
     noise = 0.3 * torch.randn(rows, len(TASKS), generator=generator)
     return x, (score + noise > 0).float()
 
 
 class MultiGate(nn.Module):
-    """A layer for each task, around the same experts."""
+    """One layer for each task. All layers share the same experts."""
 
     def __init__(self, dim: int, num_experts: int, k: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class MultiGate(nn.Module):
 
 
 class SharedBottom(nn.Module):
-    """One network for all tasks, with the parameters of all experts."""
+    """One network for all tasks, with as many parameters as all experts together."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -75,14 +76,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, generator: torch.G
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=4000, help="to train on")
+    parser.add_argument("--rows", type=int, default=4000, help="number of training rows")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--k", type=int, help="experts of a row for each task; by default all, as published")
+    parser.add_argument("--k", type=int, help="experts per row for each task; default: all, as published")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(args.seed)
     rules = torch.randn(SEGMENTS, len(TASKS), COLUMNS, generator=generator)
-    rules[:2, 1] = rules[:2, 0]  # in two segments who clicks buys
+    rules[:2, 1] = rules[:2, 0]  # in two segments, shoppers who click also buy
     x, y = table(args.rows, rules, generator)
     new_x, new_y = table(10_000, rules, generator)
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             right = ((model.eval()(new_x)[0] > 0) == (new_y > 0)).float().mean(dim=0).tolist()
         count = sum(parameter.numel() for parameter in model.parameters())
         told = ", ".join(f"{task} {share:.1%}" for task, share in zip(TASKS, right, strict=True))
-        print(f"{name:14} {count:6,} parameters, right on new rows: {told}")
+        print(f"{name:14} {count:6,} parameters, accuracy on new rows: {told}")
 
     for task, layer in mixture.mixtures.items():  # which experts each task uses
         weights = torch.zeros(args.experts).index_add(0, (told := layer.gate(new_x[None])).expert[0], told.weight[0])

@@ -1,10 +1,10 @@
-"""A vision transformer with expert choice: every expert takes its best patches, and an empty patch may get none.
+"""Train a vision transformer with expert choice: each expert selects patches, so an empty patch may get no expert.
 
     python examples/train_vision.py                # about a minute on a CPU
     python examples/train_vision.py --steps 1000
 
-The pictures are made on the way: a digit of a small font, anywhere on 16 x 16 noisy pixels. Nothing is read or
-downloaded. Expert choice looks at the whole picture, as a classifier may.
+The program generates the pictures, so it needs no data: each shows a digit of a small font at a random position on
+16 x 16 noisy pixels. Expert choice uses the whole picture, which is allowed in a classifier.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SIDE, PATCH = 16, 4
 
 
 def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(count, 16, 16)` pictures and their digits."""
+    """Generate pictures `(count, 16, 16)` and return them with their digits."""
     digits = torch.randint(10, (count,), generator=generator)
     image = 0.3 * torch.randn(count, SIDE, SIDE, generator=generator)
     glyphs = GLYPHS.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)  # 10 x 6 pixels
@@ -50,7 +50,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(x)
         x = x + self.attention(h, h, h, need_weights=False)[0]
-        return x + self.moe(self.moe_norm(x))[0]  # its auxiliary loss is 0: the load is even by construction
+        return x + self.moe(self.moe_norm(x))[0]  # auxiliary loss is 0: expert choice balances the load
 
 
 class VisionTransformer(nn.Module):
@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step % max(args.steps // 8, 1) == 0:
             print(f"step {step:4}  loss {loss.item():.3f}", flush=True)
 
-    image, digits = pictures(1000, generator)  # none of them was seen
+    image, digits = pictures(1000, generator)  # not seen in training
     with torch.no_grad(), track_routing(model.eval()) as stats:
         right = (model(image).argmax(dim=-1) == digits).float().mean()
-    print(f"right on new pictures: {right:.1%}")
+    print(f"accuracy on new pictures: {right:.1%}")
     for layer in stats.layers:
         print(f"{layer}: {stats.last(layer).unseen:.0%} of the patches went to no expert")
 

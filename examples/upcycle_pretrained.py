@@ -1,12 +1,12 @@
-"""Any causal model of `transformers` becomes a mixture: upcycled, trained, saved, and seen: which expert does what.
+"""Upcycle any causal `transformers` model to a mixture, train and save it, and draw which expert computes which token.
 
     python examples/upcycle_pretrained.py FOLDER_OR_NAME    # ten minutes on two CPU cores with 135 million parameters
 
-It needs the extras `examples` and `hf`. The last layers get eight copies of their feed-forward network each, of which a
-token uses two; copies and routers learn from the sources of Python's library, and the rest of the model stays as it is.
-The page `routing.html` has the load of the experts over the steps; in the picture `routing.png` each token of a text
-has the color of its expert. If you have no model at hand, `python -m tests.support.pretrained`, in a clone, fetches
-SmolLM2-135M-Instruct, and prints its folder.
+This program needs the extras `examples` and `hf`. Each of the last layers gets eight copies of its feed-forward
+network, and each token uses two of them. The copies and routers are trained on the source code of Python's standard
+library, and the rest of the model is frozen. The page `routing.html` shows the experts' loads over the steps. In the
+picture `routing.png`, each token of a text has its expert's color. If you do not have a model, run `python -m
+tests.support.pretrained` in a clone, which downloads SmolLM2-135M-Instruct and prints its folder.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"experts in {', '.join(names)}", flush=True)
     before = bits_per_byte(model, held_out, num_bytes)
     assert math.isclose(before, dense, rel_tol=1e-3), "upcycling changed the model"
-    print(f"before: {before:.4f} bits a byte held out, as the dense model; {complete(model, tokenizer)!r}", flush=True)
+    print(f"before: {before:.4f} bits a byte held out, same as dense; {complete(model, tokenizer)!r}", flush=True)
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(f"{layer}." for layer in names)))
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
-    again = AutoModelForCausalLM.from_pretrained(args.out / "model", trust_remote_code=False)  # as any model
+    again = AutoModelForCausalLM.from_pretrained(args.out / "model", trust_remote_code=False)  # like any other model
     probe = held_out[:1]
     assert torch.equal(again(probe).logits, model(probe).logits)
     print(f"saved in {args.out / 'model'}, and loaded again")
@@ -63,24 +63,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     stats.report(args.out / "routing.html", name=f"{args.model}, upcycled")
     figure = draw_text(tokens, list(routing.values())[-1])
     figure.savefig(args.out / "routing.png", dpi=110, bbox_inches="tight")
-    print(f"wrote {args.out / 'routing.html'} and routing.png: which expert computes which token")
+    print(f"wrote {args.out / 'routing.html'} and routing.png, which show the expert of each token")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or name of a causal model", metavar="FOLDER_OR_NAME")
-    parser.add_argument("--layers", type=int, default=8, help="so many of the last layers get experts")
-    parser.add_argument("--experts", type=int, default=8, help="of a layer")
-    parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} x {CONTEXT} tokens")
+    parser.add_argument("--layers", type=int, default=8, help="number of layers, from the last, that get experts")
+    parser.add_argument("--experts", type=int, default=8, help="experts per layer")
+    parser.add_argument("--steps", type=int, default=60, help=f"training steps of {BATCH} x {CONTEXT} tokens")
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--characters", type=int, default=1200, help="of the text that is shown")
+    parser.add_argument("--characters", type=int, default=1200, help="length of the text in the picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/upcycle_pretrained"))
     return parser.parse_args(argv)
 
 
 def make_windows(tokenizer: Any, files: Sequence[Path], max_windows: int) -> tuple[Tensor, int]:
-    """The tokens of the files in windows, the first `most` of them, and the number of their bytes."""
+    """Return the first windows of the files' tokens, at most `max_windows`, and their size in bytes."""
     text = "".join(file.read_text(encoding="utf-8") for file in files)[: 6 * max_windows * CONTEXT]
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     cut = ids[: min(max_windows, len(ids) // CONTEXT) * CONTEXT]
@@ -88,7 +88,7 @@ def make_windows(tokenizer: Any, files: Sequence[Path], max_windows: int) -> tup
 
 
 def train(model: Any, text: Tensor, steps: int, rate: float) -> None:
-    """AdamW with a warm-up of a tenth and a cosine to zero. The model's loss holds the auxiliary loss."""
+    """Train with AdamW, a warm-up of a tenth and a cosine to zero. The model's loss includes the auxiliary loss."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)

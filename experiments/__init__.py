@@ -1,6 +1,6 @@
-"""What produced the figures of `docs/experiments.md`: one command each, `python -m experiments.NAME`, from the root.
+"""Programs that produce the figures in `docs/experiments.md`. Run `python -m experiments.NAME` from the root.
 
-Models, text and training are those of `language_model/`. Records of finished runs are in `records/`.
+Models, text and training are in `language_model/`. Records of finished runs are in `records/`.
 """
 
 import sys

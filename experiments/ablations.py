@@ -1,11 +1,11 @@
-"""What makes the mixture of 32 experts train well: one thing changed at a time, the same seeds for all.
+"""Ablations of the mixture with 32 experts: each variant changes one setting, and all variants use the same seeds.
 
-    python -m experiments.ablations --processes 2           # interrupted, the same command goes on
-    python -m experiments.ablations --report                # the table of what is finished
-    python -m experiments.ablations --of balance            # how experts are kept balanced, in runs of full length
+    python -m experiments.ablations --processes 2           # run it again to resume after an interruption
+    python -m experiments.ablations --report                # report finished runs only
+    python -m experiments.ablations --of balance            # compare balancing methods, in full-length runs
 
-The model is the smallest of `scaling`, at one learning rate. The table has each variant's difference from the model as
-it is, seed by seed: what is smaller than its deviation over the seeds is not shown to be there.
+The model is the smallest of `scaling`, with a single learning rate. The table shows each variant's difference from the
+baseline for each seed. A difference that is smaller than its deviation over the seeds is not evidence of an effect.
 """
 
 import argparse
@@ -25,7 +25,7 @@ AS_IT_IS = next(iter(VARIANTS))
 
 
 class Question(NamedTuple):
-    """Variants that are compared, the first of them the model as it is, and in which runs."""
+    """Variants to compare, of which the first is the baseline, and the settings of their runs."""
 
     variants: tuple[str, ...]
     learning_rate: float
@@ -40,7 +40,7 @@ QUESTIONS = {
         steps=500,
         records="ablations.jsonl",
     ),
-    # The model as it is has run there for `scaling`.
+    # `scaling` has already run the baseline and recorded it in this file.
     "balance": Question(
         (AS_IT_IS, "balance0", "bias", "quantile"), learning_rate=0.02, steps=3000, records="scaling_0.07m.jsonl"
     ),
@@ -48,14 +48,14 @@ QUESTIONS = {
 
 
 class Plan:
-    """Every variant with a seed, then with the next."""
+    """Runs every variant with one seed before the next seed."""
 
     def __init__(self, variants: Collection[str], seeds: Collection[int], learning_rate: float, steps: int):
         self.variants, self.seeds = variants, seeds
         self.all_runs = [Run(variant, seed, learning_rate, steps) for seed in seeds for variant in variants]
 
     def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
-        """All runs, whatever is finished."""
+        """Return all runs, regardless of which are finished."""
         return self.all_runs
 
 
@@ -69,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             train_all(plan, records, text, args.out, args.processes)
         except KeyboardInterrupt:
-            print(f"\nstopped; the same command goes on from {args.records} and {args.out}")
+            print(f"\nstopped; run the same command again to resume from {args.records} and {args.out}")
             return 130
     print(table(plan, records.finished))
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; what is not given is the question's."""
+    """Parse the options. Their defaults depend on the question, `--of`."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--of", choices=tuple(QUESTIONS), default="changes", help="what is compared")
+    first.add_argument("--of", choices=tuple(QUESTIONS), default="changes", help="the comparison to run")
     question = QUESTIONS[first.parse_known_args(argv)[0].of]
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -88,8 +88,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of checkpoints")
     parser.add_argument("--records", type=Path, default=RECORDS / question.records)
-    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--report", action="store_true", help="report finished runs without training")
+    parser.add_argument("--processes", type=int, default=1, help="number of parallel runs, one core each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=question.learning_rate)
     parser.add_argument("--steps", type=int, default=question.steps)
@@ -97,7 +97,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def table(plan: Plan, finished: Mapping[Run, Record]) -> str:
-    """Held-out bits as it is, and the difference of each variant for each seed, with mean and deviation."""
+    """Tabulate the baseline's held-out bits and each variant's difference, by seed, with mean and deviation."""
     header = ("variant", *(f"seed {seed}" for seed in plan.seeds), "mean", "deviation", "busiest ÷ mean", "dropped")
     rows: list[tuple[str, ...]] = [header]
     bits = {(run.model, run.seed): final_bits(finished[run]) for run in plan.all_runs if run in finished}

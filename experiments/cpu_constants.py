@@ -1,12 +1,13 @@
-"""What the constants of the CPU's batches cost: training steps with other values of one, against those of the package.
+"""Time training steps on a CPU with other values of the batching constants, relative to the package's own values.
 
-python -m experiments.cpu_constants              # all, on one thread: six minutes of processor time
-python -m experiments.cpu_constants --threads 2  # and THREADED_PADDING_FACTOR, by wall clock: on a quiet machine
-python -m experiments.cpu_constants --rows       # only `decode.prefers_row_sums`: one row as a sum or a product
+python -m experiments.cpu_constants              # all constants, on one thread: six minutes of processor time
+python -m experiments.cpu_constants --threads 2  # also THREADED_PADDING_FACTOR, in wall time: needs an idle CPU
+python -m experiments.cpu_constants --rows       # only `decode.prefers_row_sums`: one row as a sum or as a product
 
-A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
-At the end stands each value's median over the shapes, and whether it is faster than the package's by more than that.
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2` measures as on a CPU without AVX-512.
+A ratio above 1 means that a value is slower than the package's value. The package's value is timed twice, and the
+difference between its two ratios is the noise. The last table shows each value's median over all shapes, and marks
+values that are faster than the package's by more than the noise. To simulate a CPU without AVX-512, set
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHAPES: dict[str, Shape] = {
     "4x1024, 128, 128": (4096, 128, 128, 512, 0, False),
     "dropless 4x1024, 256, 64": (4096, 256, 64, 1024, 2, False),
     "SwiGLU k8 2x1024, 256, 64, h 128": (2048, 256, 64, 128, 8, True),
-    "SwiGLU k2 2x1024, 32, 32, h 64": (2048, 32, 32, 64, 2, True),  # of `scaling`
+    "SwiGLU k2 2x1024, 32, 32, h 64": (2048, 32, 32, 64, 2, True),  # the layer in `scaling`
 }
 VALUES = {
     "MAX_CHUNK_BYTES": [2 << 20, 3 << 20, 8 << 20, 32 << 20],
@@ -49,18 +50,18 @@ def make_layer(
     kind = GatedExperts if gated else Experts
     gate = TopKGating(dim, num_experts, k, bias=True) if k else None
     if gate is not None and gate.b_gating is not None:
-        nn.init.normal_(gate.b_gating)  # experts get unequal numbers of tokens, as those of trained routers
+        nn.init.normal_(gate.b_gating)  # unequal expert loads, as with trained routers
     layer = MoE(dim, num_experts, gate=gate, experts=kind(dim, num_experts, hidden))
     return layer, torch.randn(4, tokens // 4, dim, requires_grad=True)
 
 
 def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Callable[[], float]) -> float:
-    """Of one forward and backward."""
+    """Return the seconds of one forward and backward, with some constants changed."""
     own = {name: getattr(batches, name) for name in changed}
     try:
         for name, value in changed.items():
             setattr(batches, name, value)
-        torch.manual_seed(1)  # the same second choices
+        torch.manual_seed(1)  # draw the same second choices in each run
         start = now()
         out, aux_loss = layer(x)
         torch.autograd.backward((out, aux_loss), (torch.ones_like(out), torch.ones(())))
@@ -73,11 +74,11 @@ def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Cal
 
 
 ONE_ROW = ((512, 2048), (2048, 512), (576, 1536), (1536, 576), (2048, 768), (768, 2048))
-COLD = 256 << 20  # bytes of weights, more than the caches hold
+COLD = 256 << 20  # bytes of weights: more than the caches hold
 
 
 def time_one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]:
-    """Median microseconds of a row times a weight `(p, q)`, as a sum of bags and as a product."""
+    """Return the median microseconds of a row times a weight `(p, q)`, computed as a sum of bags and as a product."""
     weights = torch.randn(COLD // (p * q * dtype.itemsize), p, q).to(dtype)
     x, expert, decision = torch.randn(1, p).to(dtype), torch.zeros(1, dtype=torch.int64), random.Random(0)
     ways: dict[str, Callable[[int], object]] = {
@@ -104,19 +105,19 @@ def time_rows(rounds: int) -> None:
             agrees = min(found, key=found.__getitem__) == faster
             told = ", ".join(f"{name} {spent:.0f} us" for name, spent in found.items())
             print(
-                f"{capability}, {dtype}, {p} x {q}: {told}; taken: {faster}{'' if agrees else ', the slower'}",
+                f"{capability}, {dtype}, {p} x {q}: {told}; selected: {faster}{'' if agrees else ', which is slower'}",
                 flush=True,
             )
 
 
 def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPES) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of interleaved rounds (default 15)")
+    parser.add_argument("--only", default="", help="time only shapes whose name contains this text")
+    parser.add_argument("--threads", type=int, default=1, help="number of torch threads (default 1)")
     known = [*VALUES, *FOR_THREADS]
-    parser.add_argument("--constants", nargs="+", default=known, choices=known, help="which (default all)")
-    parser.add_argument("--rows", action="store_true", help="time one row alone")
+    parser.add_argument("--constants", nargs="+", default=known, choices=known, help="constants to vary (default all)")
+    parser.add_argument("--rows", action="store_true", help="time only the products of one row")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     time_rows(options.rounds * 20)
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
         for turn in range(options.rounds + 1):
             for name in random.Random(turn).sample(sorted(variants), len(variants)):
                 spent = seconds(layer, x, variants[name], now)
-                if turn:  # the first round warms up
+                if turn:  # the first round is a warm-up
                     times[name].append(spent)
         print(f"{shape}: {median(times['as it is']) * 1e3:.1f} ms")
         for name, spent in times.items():

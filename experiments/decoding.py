@@ -1,10 +1,11 @@
-"""Time a decoded token of a Llama whose feed-forward networks are mixtures, beside dense models and transformers' own.
+"""Time decoding with a Llama that has mixture layers, compared with dense models and transformers' own mixtures.
 
     OMP_NUM_THREADS=1 python -m experiments.decoding                    # needs transformers
-    OMP_NUM_THREADS=1 python -m experiments.decoding --dtype bfloat16   # with ATEN_CPU_CAPABILITY=avx2: without AVX-512
+    OMP_NUM_THREADS=1 python -m experiments.decoding --dtype bfloat16   # ATEN_CPU_CAPABILITY=avx2 disables AVX-512
 
-All models have the sizes of SmolLM2-135M and random weights. They take turns, a token each; the ratios are medians of
-those of the turns. `twin` is a dense model with the hidden units of two experts, which reads as many bytes.
+All models have the dimensions of SmolLM2-135M and random weights. They take turns, decoding one token each, and each
+ratio is the median over all turns. `twin` is a dense model with as many hidden units as two experts, so it reads the
+same number of bytes.
 """
 
 import argparse
@@ -57,7 +58,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @torch.no_grad()
 def time_tokens(models: dict[str, PreTrainedModel], tokens: int) -> dict[str, list[float]]:
-    """Return the seconds of each token of each model, in turns whose order alternates."""
+    """Return the seconds that each model takes for each token. The models take turns, in alternating order."""
     caches = {name: model(torch.arange(PROMPT)[None], use_cache=True).past_key_values for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(tokens + WARM_UP):
@@ -72,8 +73,8 @@ def time_tokens(models: dict[str, PreTrainedModel], tokens: int) -> dict[str, li
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--tokens", type=int, default=60, help="tokens that are timed")
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="twin is always timed")
+    parser.add_argument("--tokens", type=int, default=60, help="number of tokens to time")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="models to time, besides twin")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     names = [name for name in MODELS if name == "twin" or name in args.only]

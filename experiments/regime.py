@@ -1,10 +1,11 @@
-"""Where a mixture wins and where it loses: its share of the dense model's seconds, over how long that one is trained.
+"""Where a mixture wins and where it loses: its share of the dense model's training time, for runs of various lengths.
 
-    python -m experiments.regime --picture docs/images/regime.png    # table and picture of docs/experiments.md
+    python -m experiments.regime --picture docs/images/regime.png    # table and picture in docs/experiments.md
 
-Of every size of `scaling`, and every length of the dense model's runs: with which share of its steps a mixture has its
-final loss, for each seed, and what that is in seconds. The lengths lie between those that were run, on a line in the
-logarithm of the steps. How long a run is, is said in bytes read for each active parameter.
+For each model size in `scaling` and each length of the dense runs, this program computes the share of the dense model's
+steps that a mixture needs to reach the same final loss. It reports the share for each seed, in steps and in seconds.
+The number of steps is interpolated between the runs, linearly in the logarithm of the steps. The length of a run is
+expressed in bytes read per active parameter.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files, needs no screen
+matplotlib.use("Agg")  # draws to files, without a display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -31,34 +32,34 @@ from .scaling_runs import Records
 from .sizes import SIZES
 
 MIXTURES = ("moe8", "moe32", "moe128")
-ASIDE = {"moe8": 0.955, "moe32": 1.0, "moe128": 1.045}  # so that no mark hides another
+ASIDE = {"moe8": 0.955, "moe32": 1.0, "moe128": 1.045}  # shifts markers so that they do not overlap
 STYLES = {"0.07m": ("o", "-"), "0.3m": ("s", "--"), "1m": ("D", ":")}
 
 
 class Point(NamedTuple):
-    """A mixture beside the dense model's runs of one length. `ratio` is of the seconds of their steps, if measured."""
+    """A mixture, compared with dense runs of one length. `ratio` compares their seconds per step, if measured."""
 
     size: str
     model: str
     dense_steps: int
-    active: int  # parameters of the dense model
+    active: int  # active parameters of the dense model
     bytes_per_parameter: float
     shares: dict[int, Equal]
     ratio: float | None
 
     @property
     def exact(self) -> bool:
-        """Whether the equal loss lies between the lengths that were run, for all seeds."""
+        """Whether the share is known exactly for all seeds, by interpolation between finished runs."""
         return not any(share.sign for share in self.shares.values())
 
     @property
     def share(self) -> float:
-        """Of the steps, the mean of the seeds."""
+        """The share of steps, averaged over the seeds."""
         return mean(share.share for share in self.shares.values())
 
 
 def points(size: str, records: Path) -> list[Point]:
-    """All that the finished runs of a size say, by mixture and length."""
+    """Return the points of all finished runs of a size, by mixture and length."""
     settings = base_settings(size)
     finished = Records(records / f"scaling_{size}.jsonl", settings).finished
     plan = Plan(SIZES[size].stages, SIZES[size].steps, SIZES[size].learning_rate)
@@ -78,7 +79,7 @@ def points(size: str, records: Path) -> list[Point]:
 
 
 def markdown(found: Sequence[Point]) -> list[str]:
-    """The lines of the table in docs/experiments.md: what is known exactly."""
+    """Return the lines of the table in docs/experiments.md, for points whose share is exactly known."""
     lines = []
     for point in found:
         if point.exact and point.ratio:
@@ -92,7 +93,7 @@ def markdown(found: Sequence[Point]) -> list[str]:
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
-    """One panel: the share of seconds over the length, a dot for every seed, a line through the means."""
+    """Draw the share of seconds over the length, with a dot for each seed and a line through the means."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     for size in SIZES:
         for model in MIXTURES:
@@ -121,9 +122,9 @@ def draw(found: Sequence[Point], path: Path) -> None:
 
 
 def draw_line(axes: Axes, line: Sequence[Point]) -> None:
-    """The points of one mixture of one size. A triangle points up where the share is only known to be larger.
+    """Draw the points of one mixture of one size. A triangle points up if the share is only known to be larger.
 
-    Where its shortest run is past the loss already, which says little, there is none.
+    No point is drawn if the mixture's shortest run already has a lower loss, because this says little.
     """
     if all(share.sign == "<" for point in line for share in point.shares.values()):
         return
@@ -155,7 +156,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of what scaling and step_times wrote")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of scaling's and step_times' output")
     parser.add_argument("--picture", type=Path, default=Path("runs/regime.png"))
     return parser.parse_args(argv)
 

@@ -1,11 +1,11 @@
-"""The picture of what `scaling` found: held-out loss over seconds of training."""
+"""Draws the results of `scaling`: held-out loss over seconds of training."""
 
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files, needs no screen
+matplotlib.use("Agg")  # draws to files, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,18 +22,18 @@ from .scaling_report import (
     total_cost,
 )
 
-# Okabe and Ito's colours: told apart by all eyes
+# Okabe and Ito's palette, which is safe for color-blind readers
 COLOURS = {
     "dense": "#0072B2",
     "moe8": "#E69F00",
     "moe32": "#D55E00",
     "moe128": "#CC79A7",
 }
-MARKERS = {"dense": "o", "moe8": "D", "moe32": "s", "moe128": "^"}  # the same, in grey
+MARKERS = {"dense": "o", "moe8": "D", "moe32": "s", "moe128": "^"}  # also distinguish the models in grayscale
 
 
 def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
-    """Draw what is finished of the dense model and the mixtures to a file."""
+    """Draw the finished runs of the dense model and the mixtures to a file."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     draw_losses(axes, plan, finished, seconds_of(times))
     axes.set(xlabel="seconds of training on one core", ylabel="held-out bits per byte")
@@ -43,9 +43,9 @@ def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
 
 
 def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str, float]) -> None:
-    """A mark where each run of a model at its best rate ends, and a line through the means of its lengths.
+    """Draw a marker for the end of each run at its model's best rate, and a line through the mean of each length.
 
-    A mean has all seeds of the dense model's long runs.
+    A length has a mean only if all seeds of the dense model's long runs have finished.
     """
     groups = at_best_rate(plan, finished)
     target = groups.get(("dense", plan.steps), {})

@@ -1,6 +1,6 @@
-"""What `scaling` trains: models of equal active parameters, and in which order their runs come.
+"""Defines the models that `scaling` trains, which have equal active parameters, and the order of their runs.
 
-The plan reads what is finished: a run at a model's best learning rate is wanted once that model's sweep is complete.
+The plan depends on the finished runs: a model's runs at its best learning rate start when its sweep is complete.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 from .language_model.settings import Settings
 
-Record = dict[str, Any]  # what a finished run leaves: see scaling_runs.py
+Record = dict[str, Any]  # the result of a finished run: see scaling_runs.py
 SWEEP_SEED = 0
 
 
 class Model(NamedTuple):
-    """A model of the comparison. `width` gives the hidden units that work on one byte, for a dim.
+    """A model in the comparison. `width` maps a dim to the number of hidden units that process each byte.
 
-    `dense_share` is the length of the dense run that it is upcycled from, over that of the dense model's long runs; 0:
-    it is trained from scratch.
+    For upcycled models, `dense_share` is the length of the initial dense run, divided by that of the dense model's long
+    runs. If it is 0, the model is trained from scratch.
     """
 
     label: str
@@ -27,16 +27,16 @@ class Model(NamedTuple):
     dense_share: float = 0
 
     def options(self, dim: int) -> dict[str, Any]:
-        """Those of `Settings` that make this model, in a transformer of `dim`."""
+        """Return the `Settings` that define this model, in a transformer of dimension `dim`."""
         return dict(models=(self.kind,), num_experts=self.num_experts, width=self.width(dim))
 
 
-# A feed-forward layer has 13 dim² active parameters, its router's included: the more experts, the larger the router and
-# the narrower the two experts of a byte. At dim 32 that is 13,312; the dense layer has 139 hidden units, 13,344
-# parameters. The wide one has 2,059, as many parameters as 32 experts and their router have: it is the twin of two wide
-# experts, both chosen.
-# The upcycled mixture has 16 copies of the dense layer, an expert half of one: its two experts have one hidden unit
-# more than that layer, and the router comes on top. A step takes 1.05 times the operations of the dense model's.
+# A feed-forward layer has 13 dim² active parameters, including its router. With more experts, the router is larger and
+# the two experts that each byte uses are narrower. At dim 32, a layer has 13,312 active parameters. The dense layer has
+# 139 hidden units and 13,344 parameters. The wide layer has 2,059 hidden units, and as many parameters as 32 experts
+# and their router. It is the dense twin of a layer with two wide experts, both of which are always chosen.
+# The upcycled mixture contains 16 copies of the dense layer, each split into two experts. Two experts have one hidden
+# unit more than the dense layer, and the router adds parameters. A step takes 1.05x the operations of a dense step.
 MODELS = {
     "dense": Model("dense", "dense", 32, lambda dim: 4 * dim),
     "moe8": Model("8 experts", "moe", 8, lambda dim: 4 * dim + 8),
@@ -48,7 +48,7 @@ MODELS = {
 
 
 class Variant(NamedTuple):
-    """One thing of the 32 experts changed: see ablations.py."""
+    """A model with 32 experts and one changed setting: see ablations.py."""
 
     label: str
     options: dict[str, Any]
@@ -68,7 +68,7 @@ VARIANTS = {
 
 
 class Run(NamedTuple):
-    """One training: all that tells it from the others of a plan. `dense_*` are of the run that it is upcycled from."""
+    """The settings that distinguish a run from others in a plan. `dense_*` describe its initial dense run."""
 
     model: str
     seed: int
@@ -83,11 +83,11 @@ class Run(NamedTuple):
 
     @property
     def start(self) -> "Run | None":
-        """The dense run that it is upcycled from; None: it begins from scratch."""
+        """The dense run that this run is upcycled from, or None if it starts from scratch."""
         return Run("dense", self.seed, self.dense_rate, self.dense_steps) if self.dense_steps else None
 
     def settings(self, base: Settings) -> Settings:
-        """The settings of this run; those that all runs share are `base`'s."""
+        """Return the settings of this run. `base` contains the settings that all runs share."""
         own = {"seed": self.seed, "learning_rate": self.learning_rate, "steps": self.steps}
         if self.model in MODELS:
             return replace(base, **MODELS[self.model].options(base.dim), **own)
@@ -95,10 +95,10 @@ class Run(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Runs that are wanted together: `share` is their length over that of the dense model's long runs.
+    """Runs that belong together. `share` is their length divided by that of the dense model's long runs.
 
-    With `rates` they are a sweep of the learning rate with at least so many rates, of one seed; without, they have the
-    best rate that is known.
+    With `rates`, the runs are a learning-rate sweep over at least this many rates, with one seed. Without `rates`, they
+    use the best known rate.
     """
 
     model: str
@@ -108,7 +108,7 @@ class Stage(NamedTuple):
 
 
 class Plan:
-    """The runs of `stages`, in their order, for long runs of `steps` and sweeps that begin at `learning_rate`."""
+    """The ordered runs of `stages`. Long runs have `steps` steps, and sweeps start at `learning_rate`."""
 
     def __init__(
         self,
@@ -122,12 +122,15 @@ class Plan:
         self.stages = [stage for stage in stages if stage.model in starts.union(models)]
 
     def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
-        """All runs that can begin by now, each once: their settings are known, and what they start from is finished."""
+        """Return all runs that can start now, without duplicates.
+
+        Their settings are known, and the run that they start from is finished.
+        """
         runs = dict.fromkeys(run for stage in self.stages for run in self._runs_of(stage, finished))
         return [run for run in runs if run.start is None or run.start in finished]
 
     def best_rate(self, model: str, finished: Mapping[Run, Record]) -> float | None:
-        """The rate whose half and double are both worse, at the longest runs that show it; None if none do."""
+        """Return the rate whose half and double are both worse, from the longest such sweep, or None if unknown."""
         for length in sorted(self.sweep_lengths(model), reverse=True):
             losses = sweep(model, length, finished)
             best = min(losses, key=losses.__getitem__, default=None)
@@ -136,23 +139,25 @@ class Plan:
         return None
 
     def rate_so_far(self, model: str, finished: Mapping[Run, Record]) -> float | None:
-        """The rate of the lowest loss in the longest sweep that has begun with more than one rate; its half and double
-        need not be known yet."""
+        """Return the rate with the lowest loss in the longest sweep that has finished more than one rate.
+
+        Half and double this rate need not be finished yet.
+        """
         sweeps = [sweep(model, length, finished) for length in sorted(self.sweep_lengths(model), reverse=True)]
         begun = [losses for losses in sweeps if losses]
         losses = next((losses for losses in begun if len(losses) > 1), begun[0] if begun else {})
         return min(losses, key=losses.__getitem__, default=None)
 
     def sweep_lengths(self, model: str) -> list[int]:
-        """The lengths at which a model's learning rate is swept."""
+        """Return the run lengths of a model's learning-rate sweeps, in steps."""
         return sorted({self.length(stage) for stage in self.stages if stage.model == model and stage.rates})
 
     def length(self, stage: Stage) -> int:
-        """Steps of a stage's runs."""
+        """Return the number of steps in each of a stage's runs."""
         return max(1, round(stage.share * self.steps))
 
     def dense_steps(self, model: str) -> int:
-        """Steps of the dense run that a model is upcycled from."""
+        """Return the number of steps in the dense run that a model is upcycled from."""
         return round(MODELS[model].dense_share * self.steps)
 
     def _runs_of(self, stage: Stage, finished: Mapping[Run, Record]) -> list[Run]:
@@ -171,18 +176,18 @@ class Plan:
 
 
 def sweep(model: str, length: int, finished: Mapping[Run, Record]) -> dict[float, float]:
-    """Held-out bits per byte by learning rate, of a model's finished runs of a length and the sweep's seed."""
+    """Return held-out bits per byte by rate, from a model's finished runs of this length with the sweep seed."""
     runs = [run for run in finished if (run.model, run.seed, run.steps) == (model, SWEEP_SEED, length)]
     return {run.learning_rate: final_bits(finished[run]) for run in runs}
 
 
 def rates_to_try(first: float, losses: Mapping[float, float], least: int) -> list[float]:
-    """The learning rates that a sweep wants as far as is known: it goes by factors of two, to both sides of the best.
+    """Return the learning rates that a sweep needs so far. It steps by factors of two, to both sides of the best rate.
 
     Args:
-        first: where it begins.
-        losses: what is known, by rate.
-        least: so many rates at least, though fewer have shown the best one; 1 is the first one alone.
+        first: rate at which the sweep starts.
+        losses: known losses by rate.
+        least: minimum number of rates, even if fewer rates determine the best one. If 1, only `first` is tried.
     """
     if first not in losses or least == 1:
         return [first]
@@ -195,5 +200,5 @@ def rates_to_try(first: float, losses: Mapping[float, float], least: int) -> lis
 
 
 def final_bits(record: Record) -> float:
-    """Held-out bits per byte at the end of a run."""
+    """Return the held-out bits per byte at the end of a run."""
     return record["held_out"][-1][1]

@@ -1,4 +1,4 @@
-"""Tables of what `scaling` found: the sweeps, every seed, and how soon each mixture equals the dense model."""
+"""Tabulates the results of `scaling`: sweeps, seeds, and how soon each mixture matches the dense model."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ Rows = list[tuple[str, ...]]
 
 
 class Equal(NamedTuple):
-    """The share of the dense model's steps with which a mixture equals its final loss, for one seed.
+    """The share of the dense model's steps that a mixture needs to reach the same final loss, for one seed.
 
-    `sign` is "<" if the share is only known to be below this one, and ">" if above.
+    `sign` is "<" if the share is only known to be below `share`, and ">" if it is only known to be above.
     """
 
     share: float
@@ -28,7 +28,7 @@ class Equal(NamedTuple):
 
 
 def tables(plan: Plan, finished: Finished, times: Times) -> str:
-    """All tables, those of which something is finished."""
+    """Return all tables that have at least one finished run."""
     all_tables = {
         "Sweeps: held-out bits per byte; * best rate (half and double are worse), ? so far": sweep_rows(plan, finished),
         "Every seed at that rate: held-out bits per byte": seed_rows(plan, finished, times),
@@ -39,7 +39,7 @@ def tables(plan: Plan, finished: Finished, times: Times) -> str:
 
 
 def sweep_rows(plan: Plan, finished: Finished) -> Rows:
-    """A line for each model and length, a column for each rate."""
+    """Return a row for each model and length, with a column for each rate."""
     lengths = [(model, length) for model in models_of(plan) for length in plan.sweep_lengths(model)]
     sweeps = {(model, length): sweep(model, length, finished) for model, length in lengths}
     rates = sorted({rate for losses in sweeps.values() for rate in losses})
@@ -53,7 +53,7 @@ def sweep_rows(plan: Plan, finished: Finished) -> Rows:
 
 
 def seed_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
-    """A line for each model and length, a column for each seed, and at the end the mean on the text to train on."""
+    """Return a row for each model and length, with a column for each seed and the mean training loss."""
     groups = at_best_rate(plan, finished)
     seeds = sorted({seed for values in groups.values() for seed in values})
     columns = ("rate", "steps", "operations", "seconds")
@@ -76,7 +76,7 @@ def seed_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
 
 
 def equal_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
-    """A line for each mixture: the share for each seed, their mean, and the mean in seconds."""
+    """Return a row for each mixture: the share for each seed, their mean, and the mean in seconds."""
     shares = {model: equal_shares(plan, finished, model) for model in models_of(plan) if model.startswith("moe")}
     seeds = sorted({seed for values in shares.values() for seed in values})
     rows: Rows = [("model", *(f"seed {seed}" for seed in seeds), "mean", "step ÷ dense step", "mean, seconds")]
@@ -92,7 +92,7 @@ def equal_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
 
 
 def cost_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
-    """A line for each model: parameters, time and memory of a step, and how the last quarter loads the experts."""
+    """Return a row for each model: parameters, step time, memory, and expert loads in the last quarter of the steps."""
     header = ("parameters", "active", "step, ms", "÷ dense", "memory, MB", "busiest ÷ mean", "idlest ÷ mean", "dropped")
     rows: Rows = [("model", *header)]
     for model in models_of(plan):
@@ -111,17 +111,17 @@ def cost_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
     return rows
 
 
-# ---- what tables and picture share ----
+# ---- shared by the tables and the picture ----
 
 
 def models_of(plan: Plan) -> list[str]:
-    """The plan's models in the order of `MODELS`."""
+    """Return the plan's models, ordered as in `MODELS`."""
     wanted = {stage.model for stage in plan.stages}
     return [model for model in MODELS if model in wanted]
 
 
 def at_best_rate(plan: Plan, finished: Finished) -> dict[tuple[str, int], dict[int, float]]:
-    """Held-out bits by (model, steps) and seed, of the runs at each model's best rate."""
+    """Return the held-out bits of the runs at each model's best rate, by (model, steps) and seed."""
     groups: dict[tuple[str, int], dict[int, float]] = {}
     for run in runs_at_best_rate(plan, finished):
         groups.setdefault((run.model, run.steps), {})[run.seed] = final_bits(finished[run])
@@ -129,7 +129,7 @@ def at_best_rate(plan: Plan, finished: Finished) -> dict[tuple[str, int], dict[i
 
 
 def runs_at_best_rate(plan: Plan, finished: Finished) -> list[Run]:
-    """The runs that are compared, by model, length and seed."""
+    """Return the runs to compare, ordered by model, length and seed."""
     runs: list[Run] = []
     for model in models_of(plan):
         rate = plan.rate_so_far(model, finished)
@@ -139,14 +139,14 @@ def runs_at_best_rate(plan: Plan, finished: Finished) -> list[Run]:
 
 
 def last_training_bits(record: Record) -> float:
-    """Bits per byte of the last 300 steps on the text to train on, before each step has learned from its batch."""
+    """Return the training bits per byte of the last 300 steps, measured on each batch before its update."""
     return mean(record["train"][-3:])
 
 
 def equal_shares(plan: Plan, finished: Finished, model: str, dense_steps: int | None = None) -> dict[int, Equal]:
-    """By seed: the share of the dense model's steps with which `model` has the final loss of its runs of that length.
+    """Return, by seed, the share of the dense model's steps that `model` needs to reach the dense model's final loss.
 
-    The length is that of the plan's long runs, or `dense_steps`.
+    The dense runs have `dense_steps` steps, by default the length of the plan's long runs.
     """
     groups, dense_steps = at_best_rate(plan, finished), dense_steps or plan.steps
     shares = {}
@@ -159,9 +159,10 @@ def equal_shares(plan: Plan, finished: Finished, model: str, dense_steps: int | 
 
 
 def steps_to(target: float, bits: Mapping[int, float]) -> tuple[float, str]:
-    """The length whose run ends at `target` bits, between two that were run: linear in its logarithm.
+    """Return the length of a run that would end at `target` bits, interpolated between two finished runs.
 
-    If the longer of the two is more than twice the shorter, the line says too little: the length is above the shorter.
+    The interpolation is linear in the logarithm of the length. If the longer run is more than twice as long as the
+    shorter run, interpolation is too inaccurate, and the length is only known to be above the shorter one.
     """
     lengths = sorted(bits)
     for short, long in pairwise(lengths):
@@ -174,7 +175,7 @@ def steps_to(target: float, bits: Mapping[int, float]) -> tuple[float, str]:
 
 
 def longest(plan: Plan, finished: Finished, model: str) -> Record | None:
-    """The longest run of a model at its best rate so far."""
+    """Return the record of a model's longest run at its best rate so far."""
     rate = plan.rate_so_far(model, finished)
     runs = [run for run in finished if run.model == model and rate in (None, run.learning_rate)]
     runs = [run for run in runs if run.seed == SWEEP_SEED]
@@ -182,25 +183,26 @@ def longest(plan: Plan, finished: Finished, model: str) -> Record | None:
 
 
 def total_cost(plan: Plan, model: str, steps: int, step_cost: Mapping[str, float]) -> float:
-    """What a run costs from scratch on, that of the dense model which it is upcycled from included."""
+    """Return the total cost of a run, including the dense run that it is upcycled from."""
     before = plan.dense_steps(model)
     return steps * step_cost[model] + (before * step_cost["dense"] if before else 0)
 
 
 def operations_of(finished: Finished) -> dict[str, float]:
-    """Floating-point operations of a training step, by model."""
+    """Return the floating-point operations of a training step, by model."""
     return {run.model: step_flops(record) for run, record in finished.items()}
 
 
 def seconds_of(times: Times) -> dict[str, float]:
-    """Seconds of a training step measured alone, by model."""
+    """Return the seconds of a training step, measured separately, by model."""
     return {model: own["step"] for model, own in times.items()}
 
 
 def step_flops(record: Record) -> float:
-    """Floating-point operations of a training step: the matrices in use and causal attention, backward twice forward.
+    """Return the floating-point operations of a training step.
 
-    The table of embeddings is read, not multiplied.
+    The forward counts the active matrices and causal attention, and the backward counts twice as much. The embedding
+    table is excluded, because it is not multiplied.
     """
     settings: dict[str, Any] = record["settings"]
     dim, context = settings["dim"], settings["context"]

@@ -1,6 +1,6 @@
-"""Trains the runs of a plan, a process for each core, and keeps a record of every finished one.
+"""Trains the runs of a plan in parallel processes, and records every finished run.
 
-A record is a line of JSON. An interrupted run goes on from its checkpoint, a finished one is never repeated.
+A record is a line of JSON. Interrupted runs resume from their checkpoints, and finished runs are never repeated.
 """
 
 import json
@@ -25,11 +25,11 @@ from .scaling_plan import Plan, Record, Run, final_bits
 from .text import Text
 from .upcycling import upcycle
 
-STRETCH = 100  # training loss is recorded as means over so many steps
+STRETCH = 100  # number of steps over which each recorded training loss is averaged
 
 
 class Records:
-    """The finished runs of one text and one base of settings: a file of JSON lines."""
+    """A JSON Lines file of finished runs that share one text and base settings."""
 
     def __init__(self, path: Path, base: Settings):
         self.path, self.base = path, base
@@ -37,33 +37,33 @@ class Records:
         if path.exists():
             for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
                 if not line.endswith("\n"):
-                    break  # its writer was killed: the run is done again
+                    break  # the writer was killed, so this run is repeated
                 try:
                     record = json.loads(line)
                 except ValueError as error:
-                    raise SystemExit(f"{path}, line {number}, is no record ({error}): take it away") from error
+                    raise SystemExit(f"{path}, line {number}, is no record ({error}): delete the line") from error
                 run = Run(*record["run"])
                 if self._is_of(record, run):
                     self.finished[run] = record
 
     def add(self, run: Run, record: Record) -> None:
-        """Append a record to the file."""
+        """Append a record to the file, and remove an incomplete last line."""
         self.finished[run] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.read_text() if self.path.exists() else ""
         with open(self.path, "a") as file:
-            file.truncate(len(written[: written.rfind("\n") + 1].encode()))  # of a line that was begun, nothing
+            file.truncate(len(written[: written.rfind("\n") + 1].encode()))  # remove an incomplete line
             file.write(json.dumps(record) + "\n")
 
     def check_text(self, digest: str) -> None:
-        """Runs on different texts do not belong into one comparison."""
+        """Raise an error if the finished runs used another text, because such runs are not comparable."""
         for record in self.finished.values():
             if record["corpus"] != digest:
                 sources = ", ".join(record.get("sources", ())) or "another version of Python"
                 raise SystemExit(
-                    f"{self.path} holds runs on another text than this machine's, the sources of {sources}: install "
-                    "these into a folder (pip install --no-deps --target) and put it first on PYTHONPATH, give "
-                    "--report to see the runs, or --records with a new file to begin anew"
+                    f"{self.path} contains runs on another text than this machine's, the sources of {sources}: install "
+                    "them into a folder (pip install --no-deps --target) and put it first on PYTHONPATH, pass "
+                    "--report to see these runs, or pass a new file as --records to start over"
                 )
 
     def _is_of(self, record: Record, run: Run) -> bool:
@@ -73,7 +73,7 @@ class Records:
 
 
 def train_all(plan: Plan, records: Records, text: Text, out: Path, processes: int) -> None:
-    """Train what the plan wants and the records lack."""
+    """Train all runs of the plan that have no record yet."""
     context = multiprocessing.get_context("spawn")
     steps_done = context.Value("q", 0)
     arguments = (steps_done, text, records.base, out)
@@ -102,31 +102,31 @@ def train_all(plan: Plan, records: Records, text: Text, out: Path, processes: in
 
 
 def steps_known(plan: Plan, records: Records, before: Collection[Run]) -> int:
-    """Steps of all runs that the plan wants as far as it is known, but for those that were finished `before`."""
+    """Return the total steps of the runs planned so far, except those that were finished `before`."""
     return sum(run.steps for run in plan.runs(records.finished) if run not in before)
 
 
 def next_runs(plan: Plan, records: Records, running: dict[Any, Run], processes: int) -> Iterator[Run]:
-    """As many runs as there are idle processes, the first of the plan that are neither finished nor running."""
+    """Yield the plan's next runs that are neither finished nor running, one for each idle process."""
     waiting = [run for run in plan.runs(records.finished) if run not in records.finished]
     waiting = [run for run in waiting if run not in running.values()]
     yield from waiting[: processes - len(running)]
 
 
-# ---- in a process of its own ----
+# ---- in a worker process ----
 
 _worker: tuple[Any, Corpus, Settings, Path]
 
 
 def prepare_worker(steps_done: Any, corpus: Corpus, base: Settings, out: Path) -> None:
-    """What all runs of this process share."""
+    """Store what all runs of this process share."""
     global _worker
     torch.set_num_threads(1)
     _worker = steps_done, corpus, base, out
 
 
 class CountedTraining(Training):
-    """A silent training that counts its steps for a bar that somebody else shows."""
+    """Training without output, which counts its steps for the main process's progress bar."""
 
     first = False
     steps_done: Any
@@ -145,7 +145,7 @@ class CountedTraining(Training):
 
 
 def train(run: Run) -> Record:
-    """Train a run, from its checkpoint if it has one."""
+    """Train a run, resuming from its checkpoint if it has one."""
     steps_done, corpus, base, out = _worker
     training = CountedTraining(run.settings(base), corpus, out / str(run))
     training.steps_done = steps_done
@@ -158,9 +158,10 @@ def train(run: Run) -> Record:
 
 
 def begin_from(start: Run, training: Training) -> None:
-    """Upcycle the model of a finished dense run, and go on with the batches where that stopped.
+    """Upcycle the model of a finished dense run, and continue with the next batches.
 
-    Where its checkpoint is missing (it was trained on another machine) it is trained again, in the run's own folder.
+    If the checkpoint of the dense run is missing, because another machine trained it, train it again in the new run's
+    folder.
     """
     _, corpus, base, out = _worker
     kept = (out / str(start) / CHECKPOINT).exists()
@@ -173,7 +174,7 @@ def begin_from(start: Run, training: Training) -> None:
 
 
 def record_of(run: Run, training: Training) -> Record:
-    """All that tables and pictures need to know of a finished run."""
+    """Return all data about a finished run that tables and pictures need."""
     (trainee,) = training.trainees
     summary = trainee.summary()
     return {
@@ -191,12 +192,15 @@ def record_of(run: Run, training: Training) -> Record:
 
 
 def stretch_means(losses: list[float]) -> list[float]:
-    """Mean training loss of every `STRETCH` steps."""
+    """Return the mean training loss of every `STRETCH` steps."""
     return [round(part.mean().item(), 4) for part in torch.tensor(losses, dtype=torch.float64).split(STRETCH)]
 
 
 def summarize_load(trainee: Trainee) -> dict[str, Any]:
-    """How the last quarter of the steps loaded the experts: of the layers the mean, and the extremes."""
+    """Return the highest and lowest expert loads and the dropped share in the last quarter of the steps.
+
+    All three are averaged over the layers.
+    """
     loads = trainee.history.loads[-max(1, len(trainee.history.loads) // 4) :]
     counts = torch.stack(loads).double().sum(0)  # (layers, experts)
     if not counts.numel():
@@ -211,5 +215,5 @@ def summarize_load(trainee: Trainee) -> dict[str, Any]:
 
 
 def ratio(load: Tensor, counts: Tensor) -> float:
-    """A load of each layer over that layer's mean load, averaged."""
+    """Return each layer's `load` divided by its mean load, averaged over the layers."""
     return round((load / counts.mean(-1)).mean().item(), 3)

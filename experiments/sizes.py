@@ -1,4 +1,4 @@
-"""The sizes at which `scaling` compares: the transformer, the text and the runs of each, in their order."""
+"""Defines the model sizes of `scaling`: the transformer, the text, and the ordered runs of each size."""
 
 from typing import Any, NamedTuple
 
@@ -7,17 +7,17 @@ from .text import PACKAGES
 
 
 class Size(NamedTuple):
-    """Settings that all runs of a size share, the length of its long dense runs, and where its sweeps begin."""
+    """The settings that all runs of a size share, the length of its long dense runs, and its first learning rate."""
 
     settings: dict[str, Any]
     steps: int
     learning_rate: float
     stages: tuple[Stage, ...]
-    packages: tuple[str, ...] = ()  # whose sources are read beside those of the standard library
+    packages: tuple[str, ...] = ()  # read in addition to the standard library
 
 
-# What tells most comes first: whoever stops early has the main comparison, and each other model once. The dense model
-# is swept at the mixtures' length, so that all seeds can begin, and again at its own.
+# The most informative runs come first. If you stop early, you have the main comparison and one run of each other model.
+# The dense model is swept at the mixtures' length first, so that all seeds can start, and later at its own length.
 SMALL = (
     Stage("dense", 1, rates=1),
     Stage("moe32", 0.24, rates=3),
@@ -47,7 +47,7 @@ SMALL = (
     Stage("dense", 0.5),
     Stage("upcycled", 0.24, rates=3),
     Stage("upcycled", 0.48),
-    *(  # what shorter runs gain: see regime.py
+    *(  # gains in shorter runs: see regime.py
         Stage(model, share, seeds=(seed,))
         for seed in (0, 1, 2)
         for model, share in (
@@ -67,8 +67,8 @@ SMALL = (
     Stage("wide", 1, rates=3),
 )
 
-# The larger sizes read a text so long that no run sees a byte twice. Rates are swept in runs of an eighth of the dense
-# model's length, again in longer ones where there is time, which decide.
+# For the larger sizes, the text is long enough that no run sees a byte twice. Rates are swept in runs of an eighth of
+# the dense model's length. If time allows, they are swept again in longer runs, which then determine the rate.
 FIRST_SWEEPS = (Stage("dense", 1 / 8, rates=3), Stage("moe32", 1 / 8, rates=3))
 MEDIUM = (
     *FIRST_SWEEPS,
@@ -84,7 +84,7 @@ MEDIUM = (
         for seed in (1, 2)
         for model, share in (("dense", 1), ("moe32", 1 / 2), ("moe32", 2 / 3), ("moe8", 1 / 2))
     ),
-    Stage("dense", 1 / 2),  # what shorter runs gain
+    Stage("dense", 1 / 2),  # gains in shorter runs
     Stage("moe8", 2 / 3, seeds=(0, 1, 2)),
     Stage("dense", 1 / 2, seeds=(1, 2)),
     Stage("moe32", 1 / 4, seeds=(1, 2)),
@@ -108,7 +108,7 @@ LARGE = (
     ),
 )
 
-# By the active parameters, in millions.
+# The keys are active parameters, in millions.
 SIZES = {
     "0.07m": Size(dict(dim=32, layers=3, heads=2, eval_every=250, checkpoint_every=250), 12_500, 0.01, SMALL),
     "0.3m": Size(dict(dim=64, layers=4, heads=4, eval_every=250, checkpoint_every=50), 6_000, 0.005, MEDIUM, PACKAGES),

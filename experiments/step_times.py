@@ -1,11 +1,11 @@
-"""Time and memory of a training step of each model of `scaling`, interleaved.
+"""Measure the time and memory of a training step for each model in `scaling`, with the models interleaved.
 
-    OMP_NUM_THREADS=1 python -m experiments.step_times                   # --size 0.3m: of a larger transformer
+    OMP_NUM_THREADS=1 python -m experiments.step_times                   # --size 0.3m for a larger transformer
     python -m experiments.step_times --threads 2 --out two_threads.json
 
-Seconds are of the processor, so that other programs slow them by what they take of the caches and no more; medians over
-the rounds. With more than one thread they are by the clock on the wall: the machine must be idle. The file --out, which
-`scaling --report` reads, has seconds, operators called in a step, and memory in bytes.
+Seconds are processor time, which other programs affect only through the caches. They are medians over all rounds. With
+more than one thread, seconds are wall-clock time, so the machine must be idle. The file --out contains the seconds,
+the number of operators called in a step, and the memory in bytes. `scaling --report` reads this file.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from .scaling import RECORDS, base_settings
 from .scaling_plan import MODELS, Run
 from .sizes import SIZES
 
-Result = dict[str, Any]  # of a model: see `summary`
+Result = dict[str, Any]  # of one model: see `summary`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,14 +53,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", choices=tuple(SIZES), default="0.07m", help="millions of active parameters")
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default all of the size's plan")
-    parser.add_argument("--rounds", type=int, default=40, help="in which each model takes a step")
-    parser.add_argument("--before", type=int, default=100, help="steps of each before: routers balance in them")
-    parser.add_argument("--threads", type=int, default=1, help="that compute a step; with more than one give --out")
-    parser.add_argument("--out", type=Path, help="by default the file among the records that the report reads")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="default: all models in the size's plan")
+    parser.add_argument("--rounds", type=int, default=40, help="number of rounds; each model takes a step per round")
+    parser.add_argument("--before", type=int, default=100, help="warm-up steps of each model, in which routers balance")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads; more than one requires --out")
+    parser.add_argument("--out", type=Path, help="file to write; by default the record that the report reads")
     args = parser.parse_args(argv)
     if args.threads > 1 and args.out is None:
-        parser.error("--threads above 1 needs --out: the records are of one thread")
+        parser.error("--threads above 1 requires --out: the records are for one thread")
     return args
 
 
@@ -68,9 +68,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(models: Sequence[str], settings: Settings, rounds: int, before: int, threads: int = 1) -> dict[str, Result]:
-    """What a step costs, by model, after `before` steps of training.
+    """Return the cost of a step by model, after `before` training steps.
 
-    Each model has a process of its own, as in its runs: what the allocator keeps depends on all that a process frees.
+    Each model has its own process, as in its runs, because the memory that the allocator keeps depends on everything
+    that a process has freed.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def measure(models: Sequence[str], settings: Settings, rounds: int, before: int,
         return {model: process.submit(summary, seconds[model]).result() for model, process in processes.items()}
 
 
-# ---- in a process of its own ----
+# ---- in a worker process ----
 
 _worker: "Worker"
 
@@ -137,7 +138,7 @@ class Operators(TorchDispatchMode):
 
 
 def summary(seconds: Sequence[float]) -> Result:
-    """Seconds of a step, and of eight in ten of them; memory; operators of one step more."""
+    """Return the median seconds of a step, the range of 80% of the steps, the memory, and the operator count."""
     tenths = quantiles(seconds, n=10) if len(seconds) > 1 else [*seconds]
     memory = peak_memory() - _worker.memory_before
     with Operators() as operators:
@@ -151,13 +152,13 @@ def summary(seconds: Sequence[float]) -> Result:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most (Linux)."""
+    """Return this process's peak memory in bytes (Linux)."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """A line for each model."""
+    """Return a table with a row for each model."""
     first = next(iter(results.values()))["step"]
     rows: list[tuple[str, ...]] = [("model", "step, ms", "of 8 in 10 rounds", "÷ first", "operators", "memory, MB")]
     for model, own in results.items():

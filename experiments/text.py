@@ -1,7 +1,7 @@
-"""More text than the standard library: the sources of installed packages, the same for the same versions.
+"""Adds the source code of installed packages to the text. The text depends only on the package versions.
 
-The packages are what `pip install -e .[examples]` brings along. A record keeps their versions, so that another machine
-can be given the same text.
+`pip install -e .[examples]` installs these packages. Records contain the versions, so another machine can install the
+same text.
 """
 
 import hashlib
@@ -14,20 +14,21 @@ from pathlib import Path
 from .language_model.corpus import SKIPPED_FOLDERS, Corpus, split_files, standard_library_files, user_files
 
 PACKAGES = ("torch", "sympy", "numpy", "networkx", "matplotlib", "fonttools", "mpmath", "pillow", "fsspec")
-# Builds of one version differ in this file alone, so that a machine with a GPU has the text of one without.
+# Builds of the same version differ only in these files. They are skipped, so that the text does not depend on whether a
+# machine has a GPU.
 BUILD_FILES = frozenset({"version.py", "_version.py"})
-LONGEST_FILE = 200_000  # bytes: what is longer is a table
+LONGEST_FILE = 200_000  # in bytes; longer files are skipped as tables
 
 
 @dataclass(frozen=True)
 class Text(Corpus):
-    """A corpus that says where it is from: "python 3.11.7", "sympy 1.14.0", ...; nothing for one's own files."""
+    """A corpus with its sources, such as "python 3.11.7" and "sympy 1.14.0". `sources` is empty for your own files."""
 
     sources: tuple[str, ...] = ()
 
 
 def load_text(paths: Sequence[Path] = (), packages: Sequence[str] = ()) -> Text:
-    """The given files; if there are none, the sources of the standard library and of the given packages."""
+    """Load the given files, or by default the source code of the standard library and the given packages."""
     if paths:
         return Text(**vars(split_files(user_files(paths))))
     files = standard_library_files()
@@ -38,7 +39,7 @@ def load_text(paths: Sequence[Path] = (), packages: Sequence[str] = ()) -> Text:
 
 
 def package_files(packages: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the packages' Python sources: no tests, no tables."""
+    """Yield the name and content of the packages' Python files, without tests and tables."""
     for package in packages:
         for path in sorted(distribution(package).files or ()):
             skipped = SKIPPED_FOLDERS.intersection(path.parts[:-1]) or path.name in BUILD_FILES or ".." in path.parts
@@ -49,6 +50,6 @@ def package_files(packages: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def without_copies(files: Sequence[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
-    """The files in the order of their names, of equal ones the first: what is held out is not trained on too."""
+    """Sort files by name and keep only the first of identical files, so that no training file is held out as well."""
     first = {hashlib.sha256(content).digest(): (name, content) for name, content in sorted(files, reverse=True)}
     return sorted(first.values())

@@ -1,4 +1,4 @@
-"""The mixture of the scaling experiment that begins with the weights of a trained dense model."""
+"""Initializes the upcycled mixture of the scaling experiment from a trained dense model."""
 
 import torch
 
@@ -7,15 +7,15 @@ from .language_model.model import ByteLM
 
 @torch.no_grad()
 def upcycle(mixture: ByteLM, dense: ByteLM) -> None:
-    """Give a mixture of gated experts the weights of a dense model: until it is trained, it computes the same.
+    """Copy the weights of a dense model to a mixture of gated experts, which then computes the same outputs.
 
-    So that a byte costs no more than before, its k experts are together a copy of the dense layer, each a slice of the
-    hidden units: "virtual groups" (He 2024, arXiv 2410.07524; Komatsuzaki 2022, arXiv 2212.05055, has whole copies and
-    k times the work). Experts k i to k i + k - 1 are the slices of copy i; their router weights begin equal, so that
-    they are chosen together, each with weight 1 / k, which `w2` takes back. Hidden units that the mixture has more keep
-    their w1 and w3, and begin with a w2 of 0.
+    Each expert is a slice of the dense layer's hidden units, and the k experts that process a byte form one copy of the
+    layer, so a byte costs no more than before. He 2024 (arXiv 2410.07524) calls this "virtual groups"; Komatsuzaki 2022
+    (arXiv 2212.05055) uses whole copies, which take k times the work. Experts k i to k i + k - 1 are the slices of copy
+    i. Their initial router weights are equal, so they are chosen together, each with weight 1 / k. To compensate, `w2`
+    is scaled by k. If the mixture has additional hidden units, they keep their w1 and w3, and their w2 is set to 0.
 
-    The router has to choose k experts for every byte, drop none and normalise their weights (`routers.mixtral`).
+    The router must choose k experts for every byte, drop none, and normalize their weights (`routers.mixtral`).
     """
     shared = {name: value for name, value in dense.state_dict().items() if ".ffn." not in name}
     mixture.load_state_dict(shared, strict=False)
@@ -24,8 +24,8 @@ def upcycle(mixture: ByteLM, dense: ByteLM) -> None:
         k, size = gate.k, experts.hidden_dim
         if experts.num_experts % k or k * size < len(ffn.w2):
             raise ValueError(
-                f"{experts.num_experts} experts of {size} hidden units are no copies of a dense layer of {len(ffn.w2)} "
-                f"in {k} slices: give a multiple of {k} experts, and a width of at least {len(ffn.w2)}"
+                f"{experts.num_experts} experts of {size} hidden units cannot hold copies of a dense layer of "
+                f"{len(ffn.w2)} in {k} slices: use a multiple of {k} experts, and a width of at least {len(ffn.w2)}"
             )
         gate.w_gating.copy_(gate.w_gating[:, ::k].repeat_interleave(k, dim=-1))
         experts.w2.zero_()

@@ -1,6 +1,6 @@
-"""Text for a byte-level language model: whole files in, windows of bytes out.
+"""Text for a byte-level language model: converts files to windows of bytes.
 
-The default text is one that every machine with Python has: the sources of its standard library.
+The default text is the source code of the standard library, which every machine with Python has.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Not text of the library: other people's packages, tests (which some systems leave out), tables of characters.
+# Not part of the text: installed packages, tests (which some systems omit), character tables.
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 )
@@ -22,7 +22,7 @@ END_OF_FILE = b"\0"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text of the training files and of the held-out files, one uint8 tensor of shape (bytes,) each."""
+    """The text of the training files and of the held-out files, each as a uint8 tensor of shape (bytes,)."""
 
     train: Tensor
     held_out: Tensor
@@ -31,35 +31,35 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """A short name for exactly this text and this split."""
+        """A short hash that identifies this text and split."""
         digest = hashlib.sha256(self.train.numpy().tobytes())
         digest.update(self.held_out.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __str__(self) -> str:
         return (
-            f"{self.train.numel():,} bytes of {self.num_train_files} files to train on, "
-            f"{self.held_out.numel():,} bytes of {self.num_held_out_files} files held out"
+            f"{self.train.numel():,} bytes in {self.num_train_files} training files, "
+            f"{self.held_out.numel():,} bytes in {self.num_held_out_files} held-out files"
         )
 
 
 def standard_library_files() -> list[tuple[str, bytes]]:
-    """Name and content of every Python source file of the standard library, in the order of their names."""
+    """Return the name and content of each Python file in the standard library, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1])]
     return sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
 
 
 def user_files(paths: Iterable[Path]) -> list[tuple[str, bytes]]:
-    """Name and content of the given files, in the order of their names."""
+    """Return the name and content of each given file, sorted by name."""
     return sorted((path.name, path.read_bytes()) for path in paths)
 
 
 def split_files(files: Sequence[tuple[str, bytes]]) -> Corpus:
-    """Hold out whole files, chosen by a hash of their names, so that the choice needs no random numbers.
+    """Split files into training and held-out files by a hash of their names, without random numbers.
 
-    About a tenth of the files is held out, at least one and never all. A single file cannot be held out and trained
-    on, so its last tenth is held out instead.
+    About a tenth of the files are held out, at least one and never all. If there is only one file, its last tenth is
+    held out instead.
     """
     if len(files) == 1:
         content = files[0][1]
@@ -78,12 +78,12 @@ def split_files(files: Sequence[tuple[str, bytes]]) -> Corpus:
 
 
 def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
-    """The given files, or the standard library's if there are none."""
+    """Load the given files, or by default the standard library."""
     return split_files(user_files(paths) if paths else standard_library_files())
 
 
 def held_out_windows(text: Tensor, context: int, count: int) -> Tensor:
-    """`count` windows spread evenly over `text`, always the same ones: (count, context + 1), int64."""
+    """Return `count` evenly spaced windows of `text` as (count, context + 1) int64. They are always the same."""
     _check_length(text, context)
     last = text.numel() - (context + 1)
     starts = torch.linspace(0, last, min(count, last + 1), dtype=torch.float64).long()
@@ -91,10 +91,10 @@ def held_out_windows(text: Tensor, context: int, count: int) -> Tensor:
 
 
 class Batches:
-    """Training windows in random order, every one once in an epoch: `next()` gives (batch_size, context + 1), int64.
+    """Training windows in random order, each once per epoch. `next()` returns (batch_size, context + 1) int64.
 
-    The order follows from the seed and `position`, the number of windows handed out so far. To go on where another
-    run stopped, set `position` to what it was there.
+    The order depends only on the seed. `position` is the number of windows returned so far. To continue where another
+    run stopped, set `position` to that run's value.
     """
 
     def __init__(self, text: Tensor, context: int, batch_size: int, seed: int):
@@ -104,9 +104,9 @@ class Batches:
         if num_windows < batch_size:
             raise ValueError(
                 f"the training text has {num_windows} windows of {context + 1} bytes, fewer than one batch of "
-                f"{batch_size}: give more text, a smaller batch or a shorter context"
+                f"{batch_size}: use more text, a smaller batch or a shorter context"
             )
-        self.windows_per_epoch = num_windows // batch_size * batch_size  # an incomplete last batch is left out
+        self.windows_per_epoch = num_windows // batch_size * batch_size  # omits an incomplete last batch
         self.position = 0
         self._epoch, self._starts = -1, torch.empty(0)
 
@@ -118,7 +118,7 @@ class Batches:
         return _cut_windows(self.text, self._starts[index : index + self.batch_size], self.context)
 
     def _shuffled_starts(self, epoch: int) -> Tensor:
-        """Where an epoch's windows begin: a random order, and cut at other places in each epoch."""
+        """Return the start of each window in random order. The offset of the windows differs between epochs."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         length = self.context + 1
         spare = self.text.numel() - self.windows_per_epoch * length
@@ -127,12 +127,12 @@ class Batches:
 
 
 def _hash_share(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """Return a number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
 def _to_tensor(contents: Iterable[bytes]) -> Tensor:
-    """The files one after the other, each closed by a zero byte."""
+    """Concatenate the files, with a zero byte after each."""
     text = bytearray()
     for content in contents:
         text += content + END_OF_FILE
@@ -145,4 +145,4 @@ def _cut_windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
 
 def _check_length(text: Tensor, context: int) -> None:
     if text.numel() <= context:
-        raise ValueError(f"a text of {text.numel()} bytes is shorter than one window of {context + 1}: give more text")
+        raise ValueError(f"a text of {text.numel()} bytes is shorter than one window of {context + 1}: use more text")

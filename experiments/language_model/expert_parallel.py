@@ -1,7 +1,8 @@
-"""`train_lm.py --expert-parallel RANKS`: the same run on several processes, each with a part of every batch and of the
-experts. Everything else of the models is whole on every rank, and its gradients are averaged.
+"""Implements `train_lm.py --expert-parallel RANKS`, which shards each batch and the experts over several processes. All
+other parameters are replicated on every rank, and their gradients are averaged.
 
-Started by torchrun, on the CPU (gloo) or with one GPU for each process (NCCL). Checkpoints load on any number of ranks.
+Start it with torchrun, on the CPU (gloo) or with one GPU for each process (NCCL). Checkpoints load on any number of
+ranks.
 """
 
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from .training import REMEDIES, Training
 
 
 class ShardedTrainee(Trainee):
-    """A model of which this rank has a part of the experts."""
+    """A model whose experts are sharded, so that this rank holds some of them."""
 
     def __init__(self, name: str, model: ByteLM, settings: Settings):
         self.mesh = make_mesh(settings)
@@ -62,7 +63,7 @@ class ShardedTrainee(Trainee):
 
 
 class ShardedTraining(Training):
-    """A run of several processes."""
+    """A run that several processes share."""
 
     trainee = ShardedTrainee
 
@@ -71,7 +72,7 @@ class ShardedTraining(Training):
         self.first = dist.get_rank() == 0
         self.folder = out / "checkpoints"
         super().__init__(settings, corpus, out)
-        torch.manual_seed(settings.seed + dist.get_rank())  # routers that draw numbers draw others on every rank
+        torch.manual_seed(settings.seed + dist.get_rank())  # random routers draw different numbers on each rank
 
     def run(self, stop_at: int | None = None) -> None:
         super().run(stop_at)
@@ -88,7 +89,7 @@ class ShardedTraining(Training):
     def refuse_to_overwrite(self) -> None:
         for path in list_checkpoints(self.folder)[-1:]:
             if int(path.name.removeprefix("step-")) < self.settings.steps:
-                raise SystemExit(f"{path} is of an unfinished run: {REMEDIES}")
+                raise SystemExit(f"{path} belongs to an unfinished run: {REMEDIES}")
 
     def _models(self) -> tuple[nn.Module, tuple[torch.optim.Optimizer, ...]]:
         models = nn.ModuleDict({trainee.name: trainee.model for trainee in self.trainees})

@@ -1,6 +1,6 @@
 """A small byte-level transformer language model whose feed-forward layers are dense or mixtures of experts.
 
-Axes: b sequences, n bytes of a sequence, d model dim, h heads, f features of a head.
+Axes: b (sequences), n (bytes per sequence), d (model dim), h (heads), f (features per head).
 """
 
 import math
@@ -16,9 +16,9 @@ NUM_BYTES = 256
 
 
 class FeedForward(nn.Module):
-    """The dense twin of an MoE layer: one expert, initialised as `Experts` and `GatedExperts` initialise theirs.
+    """The dense twin of an MoE layer: a single expert, initialized like those of `Experts` and `GatedExperts`.
 
-    It returns a pair as `MoE` does, with an auxiliary loss of 0, so that a block need not know which of them it has.
+    It returns a pair like `MoE` does, with an auxiliary loss of 0, so blocks can use either.
     """
 
     def __init__(self, dim: int, hidden_dim: int, gated: bool = False):
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. Its `ffn` is anything that returns (output, auxiliary loss), as `MoE` does."""
+    """A pre-norm transformer block. Its `ffn` is any module that returns (output, auxiliary loss), like `MoE`."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -68,10 +68,10 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """Logits for the next byte at every position, and the sum of the layers' auxiliary losses.
+    """Computes logits for the next byte at every position, and the sum of the layers' auxiliary losses.
 
-    `make_ffn()` is called once for every layer, after all that a dense and a mixture model share has drawn its random
-    numbers: with the same seed, two models with different feed-forward layers begin with the same attention.
+    `make_ffn()` is called once for each layer, after all other parameters are initialized. With the same seed, models
+    with different feed-forward layers therefore start with the same attention weights.
     """
 
     rotation: Tensor
@@ -83,13 +83,13 @@ class ByteLM(nn.Module):
         self.norm = nn.LayerNorm(dim, bias=False)
         self.to_logits = nn.Linear(dim, NUM_BYTES, bias=False)
         nn.init.normal_(self.embed.weight, std=1.0)
-        nn.init.zeros_(self.to_logits.weight)  # begin at 8 bits a byte: all bytes are equally likely
+        nn.init.zeros_(self.to_logits.weight)  # start at 8 bits per byte: all bytes are equally likely
         for block in self.blocks:
             block.ffn = make_ffn()
         self.register_buffer("rotation", rotation_table(context, dim // heads), persistent=False)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, n) bytes as int64 -> (b, n, 256) logits, 0-dim auxiliary loss."""
+        """Map bytes (b, n) int64 to logits (b, n, 256) and a 0-dim auxiliary loss."""
         rotation = self.rotation[:, : text.shape[1]]
         x, aux_losses = self.embed(text), []
         for block in self.blocks:
@@ -99,26 +99,26 @@ class ByteLM(nn.Module):
 
 
 def rotation_table(context: int, features: int) -> Tensor:
-    """Cosine and sine of every position's angles: (2, context, features / 2)."""
+    """Return the cosine and sine of each position's angles: (2, context, features / 2)."""
     frequency = 10_000 ** -(torch.arange(0, features, 2) / features)
     angle = torch.arange(context)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of features of x (b, h, n, f) by their position's angles."""
+    """Rotate pairs of features in x (b, h, n, f) by the angles of their position."""
     cos, sin = rotation.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 def count_parameters(model: nn.Module, choices: int) -> tuple[int, int]:
-    """Total parameters, and those active for one byte when a router sends it to `choices` experts."""
+    """Return the total parameters, and those active for a byte that is sent to `choices` experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoE):
-            for parameter in layer.experts.parameters():  # one expert after the other: (e, ...)
+            for parameter in layer.experts.parameters():  # experts are stacked along dimension 0
                 num_experts = parameter.shape[0]
                 idle += parameter.numel() // num_experts * (num_experts - choices)
     return total, total - idle

@@ -1,4 +1,4 @@
-"""What several processes that train one model share: their mesh, groups of parameters, random numbers, loads."""
+"""Helpers for training a model on several processes: mesh, parameter groups, random states, loads."""
 
 import os
 from datetime import timedelta
@@ -13,29 +13,29 @@ from .settings import Settings
 
 
 def start(ranks: int, settings: Settings) -> None:
-    """Join the other processes; alone, if there is to be one rank, torchrun is not needed."""
+    """Join the other processes. A single rank does not need torchrun."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update({name: os.environ.get(name, value) for name, value in place.items()})
     world = int(os.environ["WORLD_SIZE"])
     if world != ranks:
         raise SystemExit(
-            f"--expert-parallel {ranks} needs torchrun --nproc-per-node {ranks}: the number of processes is {world}"
+            f"--expert-parallel {ranks} requires torchrun --nproc-per-node {ranks}, but there are {world} processes"
         )
     for name in ("batch_size", "eval_windows"):
         if getattr(settings, name) % ranks:
-            raise SystemExit(f"{name} is {getattr(settings, name)}: give a multiple of the {ranks} ranks")
+            raise SystemExit(f"{name} is {getattr(settings, name)}: use a multiple of the {ranks} ranks")
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(timeout=timedelta(minutes=10))
 
 
 def make_mesh(settings: Settings) -> DeviceMesh:
-    """All ranks: each has a part of the experts."""
+    """Create a mesh of all ranks, over which the experts are sharded."""
     return init_device_mesh(torch.device(settings.device).type, (dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups for an optimizer, divided: fused steps take no mixture of DTensors of one mesh and of none."""
+    """Split optimizer groups by mesh, because fused steps cannot mix DTensors with other tensors."""
     divided = []
     for group in groups:
         of_mesh: dict[Any, list[Tensor]] = {}
@@ -46,7 +46,7 @@ def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rng_of_ranks(settings: Settings) -> list[dict[str, Any]]:
-    """What every rank's next random numbers depend on."""
+    """Return the random number generator states of all ranks."""
     cuda = torch.cuda.get_rng_state(settings.device) if settings.device.startswith("cuda") else None
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, {"cpu": torch.get_rng_state(), "cuda": cuda})
@@ -54,7 +54,7 @@ def rng_of_ranks(settings: Settings) -> list[dict[str, Any]]:
 
 
 def set_rng(saved: list[dict[str, Any]], settings: Settings, step: int) -> None:
-    """As many ranks as before go on with their numbers; others with new ones, others on every rank."""
+    """Restore each rank's random state. If the number of ranks has changed, seed each rank differently instead."""
     if len(saved) != dist.get_world_size():
         torch.manual_seed(hash((settings.seed, step, dist.get_rank())) % 2**63)
         return
@@ -65,7 +65,7 @@ def set_rng(saved: list[dict[str, Any]], settings: Settings, step: int) -> None:
 
 
 def loads_of_ranks(loads: list[Tensor], ranks: int) -> list[str]:
-    """What part of the choices the experts of every rank computed, over the run and in the layer where most."""
+    """Describe each rank's share of the computed choices, over the run and in the layer with the largest share."""
     total = torch.stack(loads).sum(dim=0).double() if loads else torch.empty(0, 0)  # (layers, experts)
     if not total.numel():
         return []

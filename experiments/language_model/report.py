@@ -1,4 +1,4 @@
-"""What a run came to: a table for the terminal and a picture."""
+"""Reports the results of a run as a table for the terminal and a picture."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files, needs no screen
+matplotlib.use("Agg")  # draws to files, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,14 +20,14 @@ from matplotlib.image import AxesImage
 from .trainee import Trainee
 from .training import Training
 
-COLOURS = {"dense": "#0072B2", "moe": "#D55E00"}  # Okabe and Ito's blue and vermilion: told apart by all eyes
+COLOURS = {"dense": "#0072B2", "moe": "#D55E00"}  # Okabe and Ito's palette, safe for color-blind readers
 LABELS = {"dense": "dense", "moe": "mixture of experts"}
 RESULT = "result.json"
-STRETCHES = 100  # the load is shown in at most so many columns
+STRETCHES = 100  # maximum number of columns that show the load
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """One line for each model."""
+    """Return a table with one line for each model."""
     header = ("model", "parameters", "active", "step", "training", "held-out bits/byte")
     rows = [header] + [
         (
@@ -44,14 +44,14 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def format_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the header, as lines with aligned columns."""
+    """Format rows of cells as lines with aligned columns. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def write_result(training: Training) -> dict[str, Any]:
-    """Write settings, results and held-out curves of a finished run to `result.json`, and return them."""
+    """Write a finished run's settings, results and held-out curves to `result.json`, and return them."""
     result = {
         "settings": asdict(training.settings),
         "corpus": training.corpus.digest,
@@ -64,9 +64,9 @@ def write_result(training: Training) -> dict[str, Any]:
 
 
 def draw(trainees: list[Trainee], path: Path) -> None:
-    """Loss curves of all models and, for every mixture layer, the load of its experts over training."""
+    """Draw the loss curves of all models, and the expert loads of each mixture layer over training."""
     loads = [torch.stack(trainee.history.loads).numpy() for trainee in trainees]
-    loads = [load for load in loads if load.size]  # a dense model has none
+    loads = [load for load in loads if load.size]  # dense models have no loads
     figure = plt.figure(figsize=(13 if loads else 7, 6.5), layout="constrained")
     halves = figure.subfigures(1, 1 + len(loads), squeeze=False)[0]
     draw_curves(halves[0].subplots(), trainees)
@@ -77,7 +77,7 @@ def draw(trainees: list[Trainee], path: Path) -> None:
 
 
 def draw_curves(axes: Axes, trainees: list[Trainee]) -> None:
-    """Training loss as lines, held-out loss as points joined by dashes."""
+    """Draw training losses as lines, and held-out losses as points joined by dashed lines."""
     for trainee in trainees:
         colour, label = COLOURS[trainee.name], LABELS[trainee.name]
         smooth = moving_average(np.array(trainee.history.train))
@@ -92,7 +92,7 @@ def draw_curves(axes: Axes, trainees: list[Trainee]) -> None:
 
 
 def draw_loads(figure: SubFigure, loads: np.ndarray) -> None:
-    """A heat map for each layer of loads (steps, layers, experts), as multiples of a balanced load."""
+    """Draw a heat map of loads (steps, layers, experts) for each layer, as multiples of a balanced load."""
     all_axes = figure.subplots(loads.shape[1], 1, sharex=True, squeeze=False)[:, 0]
     images = [draw_load(axes, loads[:, layer]) for layer, axes in enumerate(all_axes)]
     for layer, axes in enumerate(all_axes):
@@ -104,7 +104,7 @@ def draw_loads(figure: SubFigure, loads: np.ndarray) -> None:
 
 
 def draw_load(axes: Axes, loads: np.ndarray) -> AxesImage:
-    """One layer's loads (steps, experts). The colour is log2(load / balanced load): white is balanced."""
+    """Draw one layer's loads (steps, experts). The color is log2(load / balanced load), and white is balanced."""
     steps, experts = loads.shape
     stretches = np.array_split(loads, min(STRETCHES, steps))
     share = np.stack([part.sum(0) / max(part.sum(), 1) * experts for part in stretches], axis=1)
@@ -123,7 +123,7 @@ def draw_load(axes: Axes, loads: np.ndarray) -> AxesImage:
 
 
 def moving_average(values: np.ndarray, window: int = 10) -> np.ndarray:
-    """Mean of each value and up to `window - 1` before it."""
+    """Return the mean of each value and up to `window - 1` previous values."""
     sums = np.concatenate(([0.0], values.cumsum()))
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - window, 0)

@@ -1,11 +1,10 @@
 """The routers that `train_lm.py --router NAME` offers: one short function for each paper or model.
 
-Every one of them is causal, as a language model needs: a byte's experts depend on that byte and those before it. That
-takes either `priority="token"`, where later bytes cannot take the slots of earlier ones, or no capacity at all
-(dropless).
+All of them are causal, as language models require: a byte's experts depend only on that byte and earlier bytes. They
+are therefore dropless or use `priority="token"`, so that later bytes cannot take the slots of earlier bytes.
 
-`width` is the number of hidden units that work on one byte, whatever the router: the experts chosen for it and the
-shared expert, if there is one, divide it among them.
+`width` is the number of hidden units that process each byte with any router. The chosen experts and the shared expert,
+if any, divide these units.
 """
 
 from collections.abc import Callable
@@ -19,16 +18,16 @@ from mixture_of_experts.gating.bias_rules import RuleName
 
 
 class Router(NamedTuple):
-    """How to build a layer, and what training, the parameter counts and the dense twin need to know about it."""
+    """How to build a layer, and the properties that training, parameter counts and the dense twin depend on."""
 
     build: Callable[[int, int, int], MoE]  # (dim, num_experts, width)
     choices: int
-    gated: bool = False  # experts with a gate (SwiGLU) have a dense twin with a gate
-    bias_rule: RuleName | None = None  # by which `balance_experts` moves the expert bias after each step
+    gated: bool = False  # gated experts (SwiGLU) have a gated dense twin
+    bias_rule: RuleName | None = None  # the rule with which `balance_experts` updates the expert bias
 
 
 def top2(dim: int, num_experts: int, width: int) -> MoE:
-    """Two choices for every byte and capacity for a quarter more than a balanced load (2 slots a byte)."""
+    """Two choices per byte, and capacity for a quarter more than a balanced load (2 slots per byte)."""
     return MoE(
         dim,
         num_experts,
@@ -42,12 +41,12 @@ def top2(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def gshard(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2006.16668: the second choice is kept at random, by its weight."""
+    """arXiv 2006.16668: the second choice is kept randomly, with a probability that depends on its weight."""
     return MoE(dim, num_experts, width // 2, capacity_factor_train=2.0, priority="token")
 
 
 def switch(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2101.03961: one choice, capacity 1.25, jitter."""
+    """arXiv 2101.03961: one expert per byte, a capacity factor of 1.25, and jitter."""
     gate = TopKGating(
         dim,
         num_experts,
@@ -61,50 +60,50 @@ def switch(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def shazeer2017(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 1701.06538: four choices by noisy scores; both losses with coefficient 0.1."""
+    """arXiv 1701.06538: four choices by noisy scores, and both losses with coefficient 0.1."""
     gate = NoisyTopKGating(dim, num_experts, k=4)
     return MoE(dim, num_experts, gate=gate, experts=Experts(dim, num_experts, width // 4, nn.ReLU), loss_coef=0.1)
 
 
 def mixtral(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2401.04088: two choices of gated experts, weights normalised, dropless."""
+    """arXiv 2401.04088: dropless, with two gated experts per byte and normalized weights."""
     gate = TopKGating(dim, num_experts, k=2)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2))
 
 
 def mixtral_capacity(dim: int, num_experts: int, width: int) -> MoE:
-    """Mixtral with slots for a balanced load in training: what exceeds it is dropped. Dropless in evaluation."""
+    """Mixtral with capacity for a balanced load in training, which drops excess choices. Dropless in evaluation."""
     gate = TopKGating(dim, num_experts, k=2, capacity_factor_train=1.0, priority="token")
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2))
 
 
 def mixtral_bias(dim: int, num_experts: int, width: int) -> MoE:
-    """Mixtral with an expert bias in place of a balancing loss: arXiv 2408.15664's, or Kimi K3's by quantiles."""
+    """Mixtral with an expert bias instead of a balancing loss, as in arXiv 2408.15664 or by quantiles (Kimi K3)."""
     gate = TopKGating(dim, num_experts, k=2, expert_bias=True)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2), loss_coef=0.0)
 
 
 def mixtral_shared(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2401.06066's shared expert: one of a byte's two experts is the same for all bytes, the other is chosen."""
+    """arXiv 2401.06066: each byte uses one shared expert, which is the same for all bytes, and one chosen expert."""
     gate = TopKGating(dim, num_experts, k=1)
     experts, shared = GatedExperts(dim, num_experts, width // 2), SharedExpert(dim, width // 2)
     return MoE(dim, num_experts, gate=gate, experts=experts, shared_expert=shared)
 
 
 def olmoe(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2409.02060: eight choices of small gated experts, weights not normalised, z-loss."""
+    """arXiv 2409.02060: eight small gated experts per byte, weights that are not normalized, and a z-loss."""
     gate = TopKGating(dim, num_experts, k=8, normalize=False)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 8), z_loss_coef=1e-3)
 
 
 def qwen3_moe(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2505.09388: eight choices of small gated experts, weights normalised."""
+    """arXiv 2505.09388: eight small gated experts per byte, with normalized weights."""
     gate = TopKGating(dim, num_experts, k=8, balance_over="batch")
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 8), loss_coef=1e-3)
 
 
 def deepseek_v3(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2412.19437: sigmoid scores, groups of experts, a shared expert; an expert bias in place of a loss."""
+    """arXiv 2412.19437: sigmoid scores, expert groups, a shared expert, and an expert bias."""
     hidden_dim = width // 9
     gate = TopKGating(
         dim,
@@ -127,7 +126,7 @@ def deepseek_v3(dim: int, num_experts: int, width: int) -> MoE:
 
 
 class SharedExpert(nn.Module):
-    """A gated feed-forward layer that every byte visits."""
+    """A gated feed-forward layer that processes every byte."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that learn side by side from the same batches: each with its optimizer and what happened to it."""
+"""Models that train on the same batches, each with its optimizer and history."""
 
 import math
 import time
@@ -19,9 +19,9 @@ from .settings import Settings
 
 
 class LoadRecorder:
-    """Counts, for every mixture layer of a model, the choices that each expert computed in a training step.
+    """Counts the choices that each expert computed in a training step, for every mixture layer of a model.
 
-    It reads the `Routing` that each gate returns, by a forward hook: nothing is stored on the model.
+    A forward hook reads the `Routing` that each gate returns. Nothing is stored on the model.
     """
 
     def __init__(self, model: nn.Module):
@@ -37,7 +37,7 @@ class LoadRecorder:
             self._counts.append(counts.scatter_add(0, routing.expert.flatten().long(), kept))
 
     def take(self) -> Tensor:
-        """The counts since the last call, (layers, experts), as int32 on the CPU."""
+        """Return and reset the counts since the last call, (layers, experts) int32 on the CPU."""
         counts = torch.stack(self._counts).int().cpu() if self._counts else torch.empty(0, 0, dtype=torch.int32)
         self._counts.clear()
         return counts
@@ -45,12 +45,12 @@ class LoadRecorder:
 
 @dataclass
 class History:
-    """What happened to one model: one entry a step, but for `held_out`, which has (step, bits per byte)."""
+    """A model's training history, with one entry per step, except for `held_out`: (step, bits per byte)."""
 
     train: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
-    loads: list[Tensor] = field(default_factory=list)  # (layers, experts) each: choices computed by every expert
+    loads: list[Tensor] = field(default_factory=list)  # each (layers, experts): choices that each expert computed
 
 
 class Trainee:
@@ -65,11 +65,11 @@ class Trainee:
         if name == "moe" and rule is not None:
             balance_experts(self.model, self.optimizer, rule)
         self.history = History()
-        self._recorder = LoadRecorder(self.model)  # before compiling, which has to see the hooks
+        self._recorder = LoadRecorder(self.model)  # before compiling, so that the graph includes the hooks
         self._forward = torch.compile(self.model) if settings.compile else self.model
 
     def train_step(self, windows: Tensor, learning_rate: float) -> None:
-        """One step of the optimizer on windows (b, n + 1) of bytes."""
+        """Take an optimizer step on windows of bytes (b, n + 1)."""
         begin = time.perf_counter()
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -80,7 +80,7 @@ class Trainee:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # waits for the device: the time below is that of the whole step
+        # waits for the device, so that the time below includes the whole step
         bits = self._sum(nats.item() * len(own)) / len(windows) / math.log(2)
         if not math.isfinite(bits):
             raise FloatingPointError(f"the {self.name} model's loss is {bits}: try a smaller --learning-rate")
@@ -90,11 +90,11 @@ class Trainee:
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> float:
-        """Bits per byte over windows (count, n + 1); leaves the random numbers of training as they were."""
+        """Return bits per byte over windows (count, n + 1), without changing the random state of training."""
         self.model.eval()
         nats = 0.0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(0)  # a router that draws numbers in evaluation draws the same ones every time
+            torch.manual_seed(0)  # random routers draw the same numbers in every evaluation
             for batch in windows.split(self.settings.batch_size):
                 own = self._take_local_windows(batch)
                 nats += self._loss(own)[0].item() * len(own)
@@ -102,24 +102,24 @@ class Trainee:
         self.history.held_out.append((len(self.history.train), bits))
         return bits
 
-    # ---- what is different when several processes share a batch: see spread.py ----
+    # ---- overridden when several processes share a batch: see expert_parallel.py ----
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate)
 
     def _take_local_windows(self, windows: Tensor) -> Tensor:
-        """This process' part of a batch."""
+        """Return this process's part of a batch."""
         return windows
 
     def _sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Return the sum of a number over all processes."""
         return value
 
     def _clip(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def _loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean nats per byte of predicting each byte from those before it, and the auxiliary loss."""
+        """Return the mean nats per byte for predicting each byte from earlier bytes, and the auxiliary loss."""
         windows = windows.to(self.device)
         dtype = getattr(torch, self.settings.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -136,7 +136,7 @@ class Trainee:
         self.history = History(**{**state["history"], "loads": list(state["history"]["loads"].unbind())})
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the final table."""
+        """Return the results for the final table."""
         total, active = count_parameters(self.model, ROUTERS[self.settings.router].choices)
         return {
             "model": self.name,
@@ -149,7 +149,7 @@ class Trainee:
 
 
 def make_trainee(name: str, settings: Settings, kind: type[Trainee] = Trainee) -> Trainee:
-    """The model `name`, 'dense' or 'moe'. Both begin with the same parameters but for their feed-forward layers."""
+    """Create the model `name`, 'dense' or 'moe'. Except for feed-forward layers, both start with equal parameters."""
     router = ROUTERS[settings.router]
     torch.manual_seed(settings.seed)
 
@@ -167,7 +167,7 @@ def make_trainee(name: str, settings: Settings, kind: type[Trainee] = Trainee) -
 
 
 def dense_hidden_dim(settings: Settings) -> int:
-    """Hidden units that give a dense layer the active parameters of the mixture layer, its router's included."""
+    """Return the hidden units of a dense layer with as many active parameters as the mixture layer and its router."""
     router = ROUTERS[settings.router]
     with torch.device("meta"):
         layer = router.build(settings.dim, settings.num_experts, settings.width)
@@ -181,10 +181,10 @@ def make_optimizer(
     expert_rate: float = 1.0,
     split: Callable[[list[dict]], list[dict]] = list,
 ) -> torch.optim.Optimizer:
-    """AdamW; norms and biases are not decayed.
+    """Create an AdamW optimizer without weight decay on norms and biases.
 
-    A group's `rate` is what its learning rate is multiplied by: `expert_rate` for the experts' matrices. `split` may
-    divide the groups of parameters further.
+    The learning rate of each group is multiplied by its `rate`, which is `expert_rate` for the experts' matrices.
+    `split` may divide the parameter groups further.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}

@@ -1,4 +1,4 @@
-"""Training that can be stopped at any moment: a run of several models on the same batches, and its checkpoint."""
+"""Trains several models on the same batches, in a run that can be stopped at any time, and saves checkpoints."""
 
 import math
 import os
@@ -17,11 +17,11 @@ from .trainee import Trainee, make_trainee
 
 CHECKPOINT = "checkpoint.pt"
 WRITTEN = {"settings", "corpus", "step", "data_position", "rng", "trainees"}
-REMEDIES = "give --resume to go on, --overwrite to start again, or --out"
+REMEDIES = "pass --resume to continue, --overwrite to start over, or another --out"
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
-    """Linear warm-up over a twentieth of the steps, then half a cosine down to a twentieth of the peak."""
+    """Return the learning rate: linear warm-up over 1/20 of the steps, then half a cosine down to 1/20 of the peak."""
     warmup = settings.steps / 20
     if step < warmup:
         return settings.learning_rate * (step + 1) / (warmup + 1)
@@ -30,7 +30,7 @@ def learning_rate_at(step: int, settings: Settings) -> float:
 
 
 class Training:
-    """A run: its models, the batches they share and the step they have reached."""
+    """A run, with its models, their shared batches and the current step."""
 
     trainee: type[Trainee] = Trainee
 
@@ -47,7 +47,7 @@ class Training:
         return self.step >= self.settings.steps
 
     def run(self, stop_at: int | None = None) -> None:
-        """Train up to the last step, or to `stop_at`; leaves a checkpoint."""
+        """Train up to the last step or `stop_at`, and save a checkpoint."""
         stop = min(self.settings.steps, stop_at or self.settings.steps)
         with self._progress() as bar:
             while self.step < stop:
@@ -73,34 +73,34 @@ class Training:
 
     @contextmanager
     def _progress(self) -> Iterator[tqdm]:
-        """A progress bar; where the output is not a terminal, the lines of the evaluations are the progress."""
+        """Show a progress bar, or only the evaluation lines if the output is not a terminal."""
         hidden = None if self.first else True
         with tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=hidden) as bar:
             yield bar
 
-    first = True  # of several processes the one that reports
+    first = True  # whether this process reports, if there are several
 
     def say(self, text: object) -> None:
-        """Print, once however many processes there are."""
+        """Print once, for any number of processes."""
         if self.first:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Nothing to take leave of."""
+        """Release resources. A single process has none."""
 
     def has_checkpoint(self) -> bool:
         return (self.out / CHECKPOINT).exists()
 
     def refuse_to_overwrite(self) -> None:
-        """An unfinished run is not thrown away by forgetting an option."""
+        """Raise an error if `out` contains an unfinished run, which a forgotten option would otherwise delete."""
         path = self.out / CHECKPOINT
         if path.exists():
             state = read_checkpoint(path)
             if state["step"] < state["settings"]["steps"]:
-                raise SystemExit(f"{path} is of an unfinished run: {REMEDIES}")
+                raise SystemExit(f"{path} belongs to an unfinished run: {REMEDIES}")
 
     def save(self) -> None:
-        """Everything that the rest of the run depends on, in one file."""
+        """Save the complete state of the run to one file."""
         cuda = torch.cuda.get_rng_state(self.settings.device) if self.settings.device.startswith("cuda") else None
         state = {
             "settings": asdict(self.settings),
@@ -115,7 +115,7 @@ class Training:
         save_atomically(state, self.out / CHECKPOINT)
 
     def load(self) -> None:
-        """Go on from the checkpoint in `out`."""
+        """Resume from the checkpoint in `out`."""
         state = read_checkpoint(self.out / CHECKPOINT)
         self._check_same_run(state)
         for trainee in self.trainees:
@@ -130,16 +130,16 @@ class Training:
         for f in fields(Settings):
             was, now = state["settings"][f.name], getattr(self.settings, f.name)
             if was != now and not f.metadata.get("free"):
-                raise ValueError(f"{path} is of a run with {f.name} = {was}, not {now}: resume with the same settings")
+                raise ValueError(f"{path} belongs to a run with {f.name} = {was}, not {now}: resume with its settings")
         if state["corpus"] != self.corpus.digest:
-            raise ValueError(f"{path} is of a run on another text: resume with the same text")
+            raise ValueError(f"{path} belongs to a run on another text: use the same text to resume")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `Training.save` wrote; a ValueError for a file that is damaged, or is something else."""
+    """Read a file that `Training.save` wrote. Other and damaged files raise a ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        problem = "" if isinstance(state, dict) and state.keys() == WRITTEN else "it holds other things than one"
+        problem = "" if isinstance(state, dict) and state.keys() == WRITTEN else "it has the wrong contents"
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:
@@ -148,7 +148,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Write a file so that, whenever the process dies, `path` holds either the old content or the new, whole."""
+    """Write a file atomically: if the process is killed, `path` contains either the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
