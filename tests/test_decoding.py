@@ -15,6 +15,7 @@ from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.cpu import decode
 from mixture_of_experts.quantize import quantize_experts
+from mixture_of_experts.support import private_torch
 
 ROWS = {
     "compute_row_by_row": 0,
@@ -119,6 +120,17 @@ def test_few_rows_are_summed_in_float32(shape):
         check_few_rows(layer, x, **exact)
     layer = MoE(DIM, gate=Coarse(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
     check_few_rows(layer, x, **exact)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_autocast_does_not_change_the_precision_of_a_row(k):
+    """On a CPU that does not multiply in float16, a token is computed in float32, whatever operator multiplies it."""
+    moe = MoE(16, gate=TopKGating(16, 4, k, normalize=True), experts=GatedExperts(16, 4)).eval()
+    x = torch.randn(1, 1, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        got = moe(x)[0]
+    want = copy.deepcopy(moe).double()(x.double())[0].float()
+    assert torch.allclose(got, want, atol=1e-2 if private_torch.has_native_matmul(torch.float16) else 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])

@@ -10,8 +10,8 @@ loss equals "balance_group" or "balance_batch"::
     balance_device           over each group, for expert groups instead of experts (DeepSeek-V2)
     balance_communication    over each group, for the tokens that expert groups receive (DeepSeek-V2)
 
-Axes: b (groups), n (tokens per group), e (experts), g (expert groups), k (choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), e (experts), g (expert groups), k (choices per token). `...` stands for the
+outer expert dimensions.
 """
 
 from __future__ import annotations

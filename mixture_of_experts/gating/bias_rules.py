@@ -1,7 +1,7 @@
 """Update rules for the expert bias, which define what each training forward pass counts and how the counts change the
 bias.
 
-Axes: t (tokens), k (choices per token), e (experts). `...` stands for outer experts.
+Axes: t (tokens), k (choices per token), e (experts). `...` stands for the outer expert dimensions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Computes router logits with a matrix or a module, in float32 for inputs of any dtype.
 
 Axes: t (tokens), d (model dimension), e (experts), and for modules b (groups) and n (tokens per group). `...` stands
-for outer experts.
+for the outer expert dimensions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Combines externally specified choices with a gate's own choices.
 
-Axes: b (groups), n (tokens per group), k (choices per token). `...` stands for outer experts.
+Axes: b (groups), n (tokens per group), k (choices per token). `...` stands for the outer expert dimensions.
 
 Externally specified choices are encoded as follows::
 

@@ -1,7 +1,7 @@
 """ReLU routing, in which tokens choose the experts with positive logits, so the task loss trains these logits directly.
 
-Axes: b (groups), n (tokens per group), e (experts), k (maximum number of choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), e (experts), k (maximum number of choices per token). `...` stands for the outer
+expert dimensions.
 """
 
 from __future__ import annotations

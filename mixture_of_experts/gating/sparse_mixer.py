@@ -1,7 +1,7 @@
 """SparseMixer, which samples experts during training and estimates the router's gradient of the expected output.
 
-Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for the
+outer expert dimensions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The named steps of a top-k router.
 
-Axes: b (groups), n (tokens per group), e (experts), g (expert groups), k (choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), e (experts), g (expert groups), k (choices per token). `...` stands for the
+outer expert dimensions.
 
 Each of the following steps can be replaced with a custom function or module::
 

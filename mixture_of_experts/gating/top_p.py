@@ -1,7 +1,7 @@
 """Top-p routing, in which each token chooses experts until their total probability reaches p.
 
-Axes: b (groups), n (tokens per group), e (experts), k (maximum number of choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), e (experts), k (maximum number of choices per token). `...` stands for the outer
+expert dimensions.
 """
 
 from __future__ import annotations

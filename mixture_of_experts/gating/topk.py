@@ -1,7 +1,7 @@
 """Top-k gating, which computes the logits and scores of all experts, chooses k experts, and weights the choices.
 
-Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for outer
-experts.
+Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for the
+outer expert dimensions.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class FFNGradients(NamedTuple):
     network: dict[str, Tensor]
 
 
-# Functions with which an implementation computes outputs and gradients. `forward(x, permutation, network, save)`
+# Functions that an implementation uses to compute outputs and gradients. `forward(x, permutation, network, save)`
 # returns the outputs `(t, o)` for tokens x `(t, d)`, and the tensors that the backward pass needs (none unless `save`
 # is set). `backward(x, permutation, network, saved, grad, wanted)` receives these tensors and the gradient of the
 # outputs, `grad` `(t, o)`. `wanted` may contain "x" and names from `Network.tensors`. The gradient of the assignment

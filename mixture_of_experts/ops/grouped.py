@@ -283,7 +283,9 @@ def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[in
     Args:
         rows_per_expert: (expert, number of rows) pairs for the experts that have rows, in ascending order.
     """
-    if len(rows_per_expert) == 1 and rows_per_expert[0][1] == x.shape[0] and has_native_matmul(x.dtype):
+    has_one_expert = len(rows_per_expert) == 1 and rows_per_expert[0][1] == x.shape[0]
+    # autocast would cast the operands of this operator, but not those of operators that write to `out`
+    if has_one_expert and has_native_matmul(x.dtype) and not torch.is_autocast_enabled(x.device.type):
         return x @ weight[rows_per_expert[0][0]]
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # otherwise torch copies the slice

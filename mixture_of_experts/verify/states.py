@@ -147,7 +147,7 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    trial.forward(module=used)  # makes packed copies of the weights, if any, stale after loading
+    trial.forward(module=used)  # after loading, any packed copies of the weights are stale
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)

@@ -36,7 +36,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: matches paths or class names of modules that are experts, or are not the feed-forward network of a block
+#: matches the paths or class names of experts, and of other modules that are not a block's feed-forward network
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )

@@ -481,8 +481,8 @@ def repeat_router_columns(gate: Any, g: int) -> None:
         for name, parameter in gate.named_parameters():
             if parameter.shape[-1] != gate.num_experts:
                 raise ValueError(
-                    f"granularity={g} requires gate weights whose last dimension is the number of experts, unlike "
-                    f"{name}"
+                    f"granularity={g} requires gate weights whose last dimension is the number of experts, but {name} "
+                    f"has shape {tuple(parameter.shape)}"
                 )
             parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
 
