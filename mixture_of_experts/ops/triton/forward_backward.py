@@ -1,4 +1,5 @@
-"""Computes a routed feed-forward network and its gradient with the kernels, saving only tokens and pre-activations."""
+"""Computes a routed feed-forward network and its gradients with the kernels. Only tokens and pre-activations are
+saved."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`. Rows have no gaps even with a capacity, so that empty slots cost nothing."""
+    """Compute a call, and return its output `(t, o)`. Rows have no gaps even if the capacity is limited, so empty slots
+    cost nothing."""
     return autograd.run_differentiable(
         triton_forward, triton_backward, call.x, permute_by_kernel(call.assignments), call.network
     )
