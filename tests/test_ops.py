@@ -140,7 +140,7 @@ def test_moe_ffn_compiled(gate_up):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": torch.randn(2, T, D)}, r"x must have shape \(t, d\)"),
+        ({"x": torch.randn(2, T, D)}, r"x and w2 must have shapes \(t, d\)"),
         ({"w1": torch.randn(0, D, H), "w2": torch.randn(0, H, OUT)}, r"got \(0, 10, 5\); pass at least one expert"),
         ({"w2": torch.randn(E, H, 0)}, r"positive dimensions .* got \(4, 10, 0\)"),
         ({"expert": torch.zeros(T, K + 1, dtype=torch.int64)}, r"same shape \(t, k\)"),

@@ -57,7 +57,7 @@ def run_in_process(device: torch.device, find_fault: Callable[[], str | None]) -
         output, _ = process.communicate(request, timeout=TIMEOUT_SECONDS)
     except BaseException as reason:
         process.kill()
-        threading.Thread(target=process.communicate, daemon=True).start()  # exiting may take long if a kernel hangs
+        threading.Thread(target=process.communicate, daemon=True).start()  # a process with a hung kernel exits slowly
         if isinstance(reason, subprocess.TimeoutExpired):
             return Verdict(f"their self-check did not finish within {TIMEOUT_SECONDS} s", is_final=False)
         raise

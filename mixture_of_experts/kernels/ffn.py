@@ -6,12 +6,11 @@ dimension), h (hidden dimension), o (output dimension). In products, m and n are
 c is the axis that is summed over.
 
 A tile contains up to BLOCK_M rows of one expert, and a table lists all tiles. The grid is launched for the maximum
-number of tiles, and programs of unused tiles (expert -1) return immediately. No two programs write to the same
+number of tiles, and programs for unused tiles (expert -1) return immediately. No two programs write to the same
 location, and all sums have a fixed order, so results are bitwise reproducible. Strides between rows and between experts
 are int64. Offsets within a tile and within an expert's matrix are int32, so matrices of 2^31 elements are rejected
-before the launch. Rows and columns past the end are read from a valid location, and their results are not stored. Along
-the summed axis, elements past the end are read as zeros. Rows past those of the last expert are neither written nor
-read.
+before the launch. For rows and columns past the end, a valid location is read instead, and nothing is stored. Along the
+summed axis, elements past the end are read as zeros. Rows that belong to no expert are neither read nor written.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32, output: expert (-1 if unused), first row, and row end of each tile
+    tiles,  # (tiles, 3) int32, output: each tile's expert (-1 if unused), first row, and end of rows
     ends,  # (e,) int32, output: end of each expert's rows
     num_tiles,
     num_experts,
@@ -73,7 +72,7 @@ def find_tiles_kernel(
 
 @triton.jit
 def swizzle_program(program, blocks_m, blocks_n):
-    """Return the block (m, n) of a program. Concurrent programs share rows and weights in the cache."""
+    """Return the block (m, n) of a program, ordered so that concurrent programs share cached rows and weights."""
     TOGETHER: tl.constexpr = 8  # number of blocks along m that are computed together
     each = TOGETHER * blocks_n
     first = program // each * TOGETHER
@@ -85,8 +84,8 @@ def swizzle_program(program, blocks_m, blocks_n):
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
     """Return the rows and the block of columns that a program computes.
 
-    The results are the expert (-1 for an unused tile), the tile's first row, the offsets of its rows, which of these
-    rows exist, and the index of the block. Rows that do not exist have offset 0, so the first row is read instead.
+    The results are the expert (-1 for an unused tile), the tile's first row, the row offsets, a mask of existing rows,
+    and the block's index. Rows that do not exist have offset 0, so the first row is read instead.
     """
     tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
@@ -422,9 +421,9 @@ def weight_grads(
 ):
     """Compute `x^T y` over each expert's rows. The result is 0 for experts without rows.
 
-    x is loaded in the layout in which it is multiplied, `(m, c)`, and the indices of gathered rows are loaded one
-    iteration ahead. This allows both operands to be copied asynchronously, with as many blocks in flight as the
-    schedule has stages. If there are two weights, programs alternate between them.
+    x is loaded in the layout `(m, c)` that the product uses, and the indices of gathered rows are loaded one iteration
+    ahead. This allows both operands to be copied asynchronously, with as many blocks in flight as the schedule has
+    stages. If there are two weights, programs alternate between them.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)

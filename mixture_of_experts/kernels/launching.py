@@ -67,7 +67,7 @@ def can_launch_kernels(device: torch.device) -> bool:
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
-    """Make the named tensors contiguous, and keep None."""
+    """Return the arguments with all tensors made contiguous."""
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -84,14 +84,8 @@ class SelfCheck:
     If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds that have not passed yet
     are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have passed remain
     enabled, because a recomputation must use the same implementation as its forward. For the same reason, running out
-    of memory is also stored as a verdict, but only for one kind. Verdicts that a repeated check would confirm are also
-    saved to disk.
-
-    If a kernel raises, does not end, ends the process or differs from torch's operators, all kinds of this check that
-    have not passed yet are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have
-    passed stay enabled, because a recomputation must use the same implementation as its forward. For the same reason,
-    running out of memory is stored as a verdict too, but only for one kind. Other verdicts, unless the check did not
-    end, are also kept on disk.
+    of memory is also stored as a verdict, but only for one kind. Verdicts that would not change if the check were
+    repeated are also saved to disk.
 
     Args:
         kernels: name of the kernels in the warning.

@@ -54,7 +54,7 @@ def find_rows_kernel(
 
     Assignments with weight 0 may occupy a slot although their results are not used. Their rows have a token and are
     computed, but never read. With two levels, custom gates may choose experts for slots without a token, and therefore
-    need more than r rows. Rows from index r on are omitted.
+    need more than r rows. Rows with index r or higher are omitted.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -108,8 +108,8 @@ def rank_rows_kernel(
 ):
     """Compute the rows of a small number of assignments by comparing all pairs.
 
-    An assignment's row is the number of assignments to lower experts, plus the number of earlier assignments to the
-    same expert. Assignments that are not kept are placed after all experts, so that no two assignments share a
+    An assignment's row is the number of assignments to lower-numbered experts, plus the number of earlier assignments
+    to the same expert. Assignments that are not kept are placed after all experts, so that no two assignments share a
     position.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

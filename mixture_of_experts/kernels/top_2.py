@@ -19,7 +19,7 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
 MAX_NUMEL_AT_ONCE = 1024  # maximum number of elements (tokens x experts) that a program processes at a time
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens per program in total and at a time
+MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens that a program processes in total and at a time
 
 
 @triton.jit(do_not_specialize=["length", "programs"])
@@ -120,7 +120,7 @@ def top_2_grads_kernel(
     probs,  # (t, e) float32, where t = g n is the number of tokens in all groups
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
-    full,  # (t,) bool; None for all
+    full,  # (t,) bool: whether each token is counted; None if all are
     grad_weight,  # (t, 2) float32; for this gradient and those below, None means 0
     grad_probs,  # (t, e) float32
     grad_log_total,  # (t,) float32
@@ -134,7 +134,7 @@ def top_2_grads_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the gradient of the logits. `grads_by_operators` computes the same with torch's operators."""
+    """Write the gradient of the logits. `grads_by_operators` computes the same gradient with torch's operators."""
     column = tl.arange(0, BLOCK_E)[None, :]
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens

@@ -41,8 +41,8 @@ class VerdictFile:
             self.path = Path(folder, hashlib.sha256(json.dumps(self.key).encode()).hexdigest() + ".json")
 
     def read(self) -> list[str | None]:
-        """Return the stored fault in a list, or an empty list if there is no valid file. If the kernels passed, the
-        fault is None."""
+        """Return a list that contains the stored fault, or an empty list if there is no valid file. If the kernels
+        passed, the fault is None."""
         try:
             *key, fault = json.loads(self.path.read_bytes()) if self.path else []
         except (OSError, ValueError, TypeError):

@@ -81,8 +81,8 @@ def use(
 
     "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU computes
     bitwise identical outputs for a token in any batch, including the router and the shared expert. If any part of a
-    layer is not known to be batch-invariant, an error is raised before anything is computed. The other names do not
-    affect experts that no implementation computes, such as lists of modules or quantized experts.
+    layer is not known to be batch-invariant, an error is raised before anything is computed. The other names have no
+    effect on lists of modules, quantized experts, and other experts that these implementations do not compute.
 
     The context applies to all threads of the process, because the backward on a GPU runs in its own thread. If several
     contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the same
@@ -97,9 +97,9 @@ def use(
 
     Raises:
         ValueError: the name is unknown, or the implementation does not support a call. The message states the reason.
-        RuntimeError: raised during a call. With "batch_invariant", products of the experts' dimensions on this CPU
-            depend on the batch for every block size that was tried. With "triton", a second derivative is computed, or
-            the tokens and a weight are on different GPUs.
+        RuntimeError: a call cannot be computed. "batch_invariant" raises this error if products of the experts'
+            dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises it if a
+            second derivative is computed, or if the tokens and a weight are on different GPUs.
 
     Example:
         >>> import torch
@@ -157,9 +157,9 @@ def prepare(
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that accepts inputs `(sequences, tokens,
             layer.dim)`.
-        tokens: number of tokens per sequence, or a sequence of numbers.
-        sequences: number of sequences, or a sequence of numbers. The layer is called with each combination of
-            `sequences` and `tokens`.
+        tokens: number of tokens per sequence, as an integer or a sequence of integers.
+        sequences: number of sequences, as an integer or a sequence of integers. The layer is called with each
+            combination of `sequences` and `tokens`.
 
     Returns:
         A dict that maps each `(sequences, tokens)` to its `Explanation`, as returned by `explain_call`.
@@ -215,8 +215,8 @@ def routed_ffn(
         assignments: the assignments of these tokens.
         network: the experts' weights.
         training: whether the experts are in training mode.
-        implementations: implementations to use instead of those in `IMPLEMENTATIONS`, under the same names, for other
-            kinds of networks. The last one must support all calls.
+        implementations: replacements for the implementations of the same names in `IMPLEMENTATIONS`, for other kinds of
+            networks. The last one must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -267,7 +267,7 @@ def moe_ffn(
         `(t, o)`, with the same dtype as x.
 
     Raises:
-        ValueError: shapes do not match, or an argument is not allowed.
+        ValueError: shapes do not match, or an argument is invalid.
         TypeError: an operand is not a tensor, or x is not floating point.
 
     Example:
@@ -311,7 +311,7 @@ def _check_moe_ffn_arguments(
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; embed or cast the tokens first")
     if x.ndim != 2 or w2.ndim != 3:
-        raise ValueError(f"x must have shape (t, d) and w2 shape (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
+        raise ValueError(f"x and w2 must have shapes (t, d) and (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape
     if 0 in w2.shape:
         raise ValueError(f"w2 must have positive dimensions (e, h, o), got {tuple(w2.shape)}; pass at least one expert")

@@ -39,7 +39,7 @@ def make_operands(x: Tensor, permutation: Permutation, network: Network) -> FFNO
 
 
 def triton_forward(x: Tensor, permutation: Permutation, network: Network, save: bool) -> tuple[Tensor, SavedTensors]:
-    """Implement the `forward` of `run_differentiable`."""
+    """Forward function for `run_differentiable`."""
     out, pre = triton_ffn(*make_operands(x, permutation, network).flatten(), save)
     return out, [pre]
 
@@ -47,7 +47,7 @@ def triton_forward(x: Tensor, permutation: Permutation, network: Network, save: 
 def triton_backward(
     x: Tensor, permutation: Permutation, network: Network, saved: SavedTensors, grad: Tensor, wanted: Collection[str]
 ) -> FFNGradients:
-    """Implement the `backward` of `run_differentiable`."""
+    """Backward function for `run_differentiable`."""
     (pre,) = saved
     need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
     need_out = "w_out" in wanted or "b_out" in wanted

@@ -71,7 +71,7 @@ class FFNOperands(NamedTuple):
         return [*self[:-1], *self.spec]
 
     def list_differentiable(self) -> list[Tensor]:
-        """Return the tensors that have gradients."""
+        """Return the tensors for which gradients can be computed."""
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:
@@ -234,8 +234,8 @@ def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out:
 
 
 def check_same_device(first: Tensor, *others: Tensor | None) -> None:
-    """Check that all tensors are on the same device. Otherwise, kernels would read invalid addresses. Fake tensors have
-    no other check."""
+    """Check that all tensors are on the same device. Otherwise, kernels would read invalid addresses, and fake tensors
+    would not be checked at all."""
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
@@ -395,7 +395,8 @@ def launch_product(
     width: int,
     **arguments: Any,
 ) -> None:
-    """Launch a kernel that multiplies rows by a weight with the given `axes`: e, c (summed over) and n in any order.
+    """Launch a kernel that multiplies rows by a weight. `axes` is the order of the weight's axes e, c (summed over) and
+    n.
 
     Each program writes `width` of the result's `columns`.
     """
@@ -429,7 +430,7 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """Write `x^T y` for each expert. For input weights, x is gathered; for output weights, y is."""
+    """Write `x^T y` for each expert. x is gathered for input weights, and y for output weights."""
     experts, lines, columns = grads[0].shape
     launch_kernel(
         kernels.weight_grads,
@@ -454,7 +455,7 @@ def launch_weight_grads(
 
 
 def launch_bias_grads(tiles: TileTable, y: Tensor, out: Tensor, operands: FFNOperands | None = None) -> None:
-    """Launch the kernel that sums each expert's rows of y. With `operands`, the rows are first gathered from y and
+    """Launch the kernel that sums each expert's rows of y. If `operands` is given, rows are first gathered from y and
     weighted."""
     (experts, columns), block = out.shape, 64
     token, weight, assignment = (
@@ -486,8 +487,8 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the kernel that sums each token's rows. The forward weights the rows, and the backward also computes the
-    gradients of these weights."""
+    """Launch the kernel that sums each token's rows. In the forward, rows are weighted. In the backward, the gradients
+    of these weights are also computed."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch_kernel(

@@ -40,8 +40,9 @@ class RowTables(NamedTuple):
 def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
     """Return the permutation to rows without gaps. It differs from `permute_without_gaps(assignments)` in two ways.
 
-    Assignments with weight 0 that occupy a slot have a row with a token, although this row is never read, and there are
-    at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by comparing all pairs.
+    First, assignments with weight 0 that occupy a slot have a row with a token, although this row is never read.
+    Second, there are at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by
+    comparing all pairs.
     """
     k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None

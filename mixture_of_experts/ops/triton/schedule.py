@@ -125,7 +125,7 @@ INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
 
 
 def get_input_precision(dtype: torch.dtype) -> str:
-    """Return the precision of float32 products set in torch: "tf32" or "ieee"."""
+    """Return "tf32" or "ieee", the precision that torch is set to use for float32 products."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 

@@ -57,7 +57,7 @@ class CallKind(NamedTuple):
         dtype: dtype of x and weights.
         spec: layout and activation of the network.
         biases: whether there are input biases, and whether there are output biases.
-        transposed: whether the input weights, and the output weights, are stored transposed.
+        transposed: whether the input weights are stored transposed, and whether the output weights are.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
         decoding: whether only the forward is launched.
@@ -82,7 +82,7 @@ EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # runs for each
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """Check the kernels for one kind of call, with a mean of `mean_rows` rows per expert (None for any number).
 
-    The kind is passed as plain tuples, the only ones that graphs support. Return the fault found, or None.
+    The kind is passed as plain tuples, because graphs support no other tuples. Return the fault found, or None.
     """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
@@ -143,8 +143,8 @@ def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int,
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
     """Return the maximum relative error of the rows of `(..., p, q)`.
 
-    The error is relative to the larger of the row's norm and the mean norm of the matrix's rows. Relative to the norm
-    of the whole tensor, isolated errors would go unnoticed.
+    The error is relative to the larger of the row's norm and the mean norm of the matrix's rows. If it were relative to
+    the norm of the whole tensor, isolated errors would go unnoticed.
     """
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
     norms = want.norm(dim=-1)
@@ -194,8 +194,8 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_permutations_equal(assignments: Assignments) -> bool:
-    """Return whether the kernels for few and for many assignments compute the same permutation. The checked call uses
-    only the former."""
+    """Return whether the kernels for few and for many assignments compute the same permutation. The checked call itself
+    uses only the kernel for few assignments."""
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
@@ -230,7 +230,8 @@ def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -
 
 
 def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return zeros `(size, ...)` that contain `values` `(n, ...)` at `index` `(n,)`, with the layout of `values`."""
+    """Return a tensor `(size, ...)` with `values` `(n, ...)` at `index` `(n,)` and zeros elsewhere, in the layout of
+    `values`."""
     if values.ndim == 3 and values.stride(-1) != 1:
         return place_among_zeros(values.mT, index, size).mT
     return values.new_zeros(size, *values.shape[1:]).index_copy_(0, index, values)
@@ -239,8 +240,8 @@ def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
 def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
     """Return a larger call that contains the tokens and experts of `call`, and the indices of these tokens and experts.
 
-    The indices include the first and last ones of the larger call. All of its weights and, with many rows per expert,
-    all of its tensors of rows have more than `INT32_ELEMENTS` elements.
+    The indices include the larger call's first and last tokens and experts. All of its weights and, with many rows per
+    expert, all of its tensors of rows have more than `INT32_ELEMENTS` elements.
     """
     given, device, (t, d), (e, h, o) = call.assignments, call.x.device, call.x.shape, call.network.w_out.shape
     number, k = given.weight.shape[0], given.weight.shape[0] // t
