@@ -39,11 +39,11 @@ DISABLED = "^the Triton kernels of queues are disabled "
     [
         ("is right", None),
         ("is wrong", "in this process: their queues differ from those of torch's operators"),
-        ("raises", "in this process: they raise RuntimeError: a compiler gives up$"),
+        ("raises", "in this process: they raised RuntimeError: a compiler gives up$"),
         ("lacks memory", f"for calls of one kind in this process, because {OUT_OF_MEMORY}"),
-        ("aborts", r"in this process: they ended the process of their check \(status -6\)"),
-        ("exits", r"in this process: they ended the process of their check \(status 7\)"),
-        ("hangs", "in this process: their check did not end within 20 s"),
+        ("aborts", r"in this process: their self-check exited with status -6"),
+        ("exits", r"in this process: their self-check exited with status 7"),
+        ("hangs", "in this process: their self-check did not finish within 20 s"),
     ],
 )
 def test_faulty_kernels_end_their_own_process(monkeypatch, tmp_path, fault: str, reason: str | None):
@@ -83,14 +83,14 @@ def is_running(process: int) -> bool:
 def test_errors_outside_of_kernels_are_not_final(monkeypatch):
     """Examples are a missing device, a process that cannot be started, and one that is killed."""
     assert run_in_process(CPU, NO_FAULT) == (None, True)
-    missing = "they ended the process of their check (status 1)"
+    missing = "their self-check exited with status 1"
     assert run_in_process(torch.device("cuda", 99), NO_FAULT) == (missing, False)
     assert run_in_process(CPU, partial(signal.raise_signal, signal.SIGKILL)).is_final is False
     fault, is_final = run_in_process(CPU, lambda: None)  # cannot be pickled
-    assert "cannot be started" in str(fault)
+    assert "could not be started" in str(fault)
     assert not is_final
     monkeypatch.setattr(sys, "executable", "")
-    assert "cannot be started" in str(run_in_process(CPU, NO_FAULT).fault)
+    assert "could not be started" in str(run_in_process(CPU, NO_FAULT).fault)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert "frozen" in str(run_in_process(CPU, NO_FAULT).fault)
 
@@ -170,7 +170,7 @@ def test_verdicts_are_kept_on_disk(monkeypatch, store, count_checks, result: Ver
 
 
 def test_lack_of_memory_and_timeouts_are_not_kept(store, count_checks):
-    for fault in (OUT_OF_MEMORY, "their check did not end"):
+    for fault in (OUT_OF_MEMORY, "their self-check did not finish"):
         assert [count_checks(Verdict(fault, is_final=False))[0] for _ in range(2)] == [1, 1]
     assert not store.exists()
 

@@ -125,7 +125,7 @@ def test_non_current_device(implementation: str):
     torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("break_context", "they raise"), ("sleep_on_gpu", "did not end")])
+@pytest.mark.parametrize(("fault", "reason"), [("break_context", "they raised"), ("sleep_on_gpu", "did not finish")])
 def test_faults_in_the_self_check_do_not_reach_this_process(monkeypatch, fault: str, reason: str):
     monkeypatch.setattr(check_process, "TIMEOUT_SECONDS", 60)
     device = torch.device("cuda", 0)

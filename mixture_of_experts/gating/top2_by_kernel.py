@@ -31,7 +31,7 @@ from mixture_of_experts.support.subclassing import find_declaring_class, find_ov
 Top2Gating = Any  # avoids a circular import
 MAX_EXPERTS = 1024
 
-#: methods used by the operators and replaced by the kernels
+#: methods that the operators use and the kernels replace
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
     *("balance_loss", "_balance_of_tokens", "balance", "select_counted", "token_mean"),
@@ -52,9 +52,9 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
     if tokens.segments is not None:
         return "the kernels do not support packed rows"
     if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
-        return "the kernels support neither second_place_loss nor given experts nor computed padding"
+        return "the kernels do not support second_place_loss, expert choices passed by the caller, or computed padding"
     if math.prod(tokens.x.shape[:-1]) == 0:
-        return "there are no tokens"
+        return "the input has no tokens"
     return None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens)
 
 
@@ -94,14 +94,14 @@ class Decided(NamedTuple):
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
-    sent: Tensor  # (..., b, n, 2) bool, True for choices that the policy makes
+    sent: Tensor  # (..., b, n, 2) bool, whether the policy makes each choice
     primary: Tensor  # (..., b, n, 2) bool
     probs: Tensor  # (..., b, n, e)
     log_total: Tensor  # (..., b, n), logsumexp of the logits
-    load: Tensor  # (..., b, e), number of first choices of each expert among tokens that count
-    proxy: Tensor  # (..., b, e), sums of the probabilities of tokens that count
-    squares: Tensor  # (), sum of the squares of `log_total` over tokens that count
-    number: Tensor  # (), number of tokens that count
+    load: Tensor  # (..., b, e), number of each expert's first choices among counted tokens
+    proxy: Tensor  # (..., b, e), sums of probabilities over counted tokens
+    squares: Tensor  # (), sum of the squared `log_total` over counted tokens
+    number: Tensor  # (), number of counted tokens
 
 
 class _TwoBest(torch.autograd.Function):
@@ -149,8 +149,8 @@ def grads_by_operators(
     eps: float,
     grads: Sequence[Tensor | None],
 ) -> Tensor:
-    """Compute the gradient of the logits `(..., b, n, e)` with operators that support autograd and vmap. See `Decided`
-    for the arguments."""
+    """Compute the gradient of the logits `(..., b, n, e)` with operators that support autograd and vmap. The arguments
+    are described in `Decided`."""
     grad_weight, grad_probs, grad_log_total, grad_proxy, grad_squares = grads
     counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
     grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
@@ -182,7 +182,7 @@ def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
 def _find_fault(
     base: Any, device: torch.device, threshold: float, num_experts: int, policy: str, masked: bool, eps: float
 ) -> str | None:
-    """Return a description of what differs, or None if nothing differs."""
+    """Return a description of how the results differ, or None if they agree."""
     generator = torch.Generator(device).manual_seed(0)
     forked = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
     groups, length, dim = 2, 150, 8

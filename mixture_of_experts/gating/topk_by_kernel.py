@@ -28,9 +28,9 @@ TopKGating = Any  # avoids a circular import
 LONGEST = 8  # maximum number of tokens per group
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
 TOLERANCE = 1e-3
-NO_KERNEL = "kernels of gates support only plain tensors on NVIDIA GPUs, not float64"
+NO_KERNEL = "the gates' kernels support only plain tensors on NVIDIA GPUs, and do not support float64"
 
-#: methods used by the operators and replaced by the kernel and the implementation "numbers"
+#: methods that the operators use, and that the kernel and the "numbers" implementation replace
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
     *("_weigh", "_normalized", "allowed", "balance_loss", "_balance_of_tokens", "balance", "select_counted"),
@@ -47,7 +47,7 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     if not has_kernel(tokens.x, *gate.parameters()):
         return NO_KERNEL
     if tokens.counted is not None or tokens.length != tokens.num_tokens or tokens.side:
-        return "it supports neither a mask nor importance nor side inputs"
+        return "it does not support masks, importance or side inputs"
     if not 0 < tokens.num_tokens <= LONGEST or tokens.x.shape[0] == 0:
         return f"it supports only groups of 1 to {LONGEST} tokens"
     return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
@@ -76,9 +76,9 @@ def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLAC
     if gate.score not in ("softmax", "sigmoid") or gate.select != "score" or not weighs:
         return "it does not support the gate's scores or weights"
     if gate.num_groups is not None or gate.outer_expert_dims or not isinstance(gate.normalize, bool):
-        return "it supports neither expert groups nor a second level nor normalization by a function"
+        return "it does not support expert groups, two levels or normalization by a function"
     if gate.process_group is not None or gate.priority == "score":
-        return "it supports neither a process group nor priority='score'"
+        return "it does not support a process group or priority='score'"
     if gate.num_experts > MAX_EXPERTS or gate.k > MAX_CHOICES:
         return f"it supports at most {MAX_EXPERTS} experts and {MAX_CHOICES} choices"
     return None
@@ -115,7 +115,7 @@ def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
 
 @torch.no_grad()
 def _find_fault(base: Any, device: torch.device, settings: Mapping[str, Any]) -> str | None:
-    """Return a description of what differs, or None if nothing differs."""
+    """Return a description of how the results differ, or None if they agree."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -138,7 +138,7 @@ def _find_fault(base: Any, device: torch.device, settings: Mapping[str, Any]) ->
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:
     """Return a description of how a kernel's results differ from those of torch's operators, or None if they agree.
 
-    A single token is allowed to choose different experts, because its scores may be equal up to rounding.
+    A single token may choose different experts, because its scores may be equal up to rounding.
     """
     for name, want in wanted.items():
         differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=atol, equal_nan=True).logical_not().sum()

@@ -1,15 +1,16 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels of a routed feed-forward network: tiles, products of rows and weights, and sums of each token's rows.
+"""Kernels for a routed feed-forward network: tiling, products of rows and weights, and sums over each token's rows.
 
-Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
-o output dim. In products, m are rows, n are columns of the result, and c is summed over.
+Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, without gaps), e (experts), d (model
+dimension), h (hidden dimension), o (output dimension). In products, m and n are the rows and columns of the result, and
+c is the axis that is summed over.
 
-A tile consists of up to BLOCK_M rows of one expert, and a table locates all tiles. The grid has the maximum number of
-tiles, and programs of unused tiles (expert -1) return immediately. No two programs write to the same location, and all
-sums have a fixed order, so that all runs are bitwise identical. Strides between rows and between experts are int64.
-Offsets within a tile and within the matrix of an expert are int32 (matrices of 2^31 elements are rejected before the
-launch). For rows or columns past the end, a valid location is read and nothing is stored; past the end of a sum, zeros
-are read. Rows past those of the last expert are neither written nor read.
+A tile contains up to BLOCK_M rows of one expert, and a table lists all tiles. The grid is launched for the maximum
+number of tiles, and programs for unused tiles (expert -1) return immediately. No two programs write to the same
+location, and all sums have a fixed order, so results are bitwise reproducible. Strides between rows and between experts
+are int64. Offsets within a tile and within an expert's matrix are int32, so matrices of 2^31 elements are rejected
+before the launch. For rows and columns past the end, a valid location is read instead, and nothing is stored. Along the
+summed axis, elements past the end are read as zeros. Rows that belong to no expert are neither read nor written.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32, output: expert (-1 if unused), first row, and end of the rows of each tile
-    ends,  # (e,) int32, output: end of the rows of each expert
+    tiles,  # (tiles, 3) int32, output: each tile's expert (-1 if unused), first row, and end of rows
+    ends,  # (e,) int32, output: end of each expert's rows
     num_tiles,
     num_experts,
     ROWS: tl.constexpr,  # rows per tile
     BLOCK: tl.constexpr,  # tiles per program
     BLOCK_E: tl.constexpr,
 ):
-    """Write the table of tiles. A tile belongs to the first expert whose cumulative number of tiles exceeds it."""
+    """Write the table of tiles. A tile belongs to the first expert whose cumulative tile count exceeds the tile's
+    index."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.zeros((BLOCK,), tl.int32)
     first_tile = tl.zeros((BLOCK,), tl.int32)
@@ -70,8 +72,8 @@ def find_tiles_kernel(
 
 @triton.jit
 def swizzle_program(program, blocks_m, blocks_n):
-    """Return the block (m, n) of a program, such that concurrent programs share rows and weights in the cache."""
-    TOGETHER: tl.constexpr = 8  # number of blocks along m
+    """Return the block (m, n) of a program, ordered so that concurrent programs share cached rows and weights."""
+    TOGETHER: tl.constexpr = 8  # number of blocks along m that are computed together
     each = TOGETHER * blocks_n
     first = program // each * TOGETHER
     size = tl.minimum(blocks_m - first, TOGETHER)
@@ -80,10 +82,10 @@ def swizzle_program(program, blocks_m, blocks_n):
 
 @triton.jit
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
-    """Return which rows of an expert and which block of columns a program computes.
+    """Return the rows and the block of columns that a program computes.
 
-    The results are the expert (-1 for none), its first row in the tile, offsets of rows from there, which of them exist
-    (for the others, the first row is read), and the index of the block.
+    The results are the expert (-1 for an unused tile), the tile's first row, the row offsets, a mask of existing rows,
+    and the block's index. Rows that do not exist have offset 0, so the first row is read instead.
     """
     tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
@@ -100,20 +102,20 @@ def weight_pointers(expert, c, n, weight_e, weight_c, weight_n):
 
 @triton.jit
 def load_tokens(token, row, num_tokens):
-    """Return the tokens of rows, or an arbitrary token for rows without an assignment, whose weight is 0."""
+    """Return the token of each row. Rows without an assignment have an arbitrary token and weight 0."""
     return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
 
 
 @triton.jit
 def load_row_weights(row_weight, assignment, row, exists, num_assignments):
-    """Return the weights of rows, or 0 for rows without an assignment."""
+    """Return the weight of each row, or 0 for rows without an assignment."""
     index = tl.load(assignment + row, mask=exists, other=num_assignments)
     return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_block(block, inside, EVEN: tl.constexpr):
-    """Read a block with zeros for elements outside, which do not exist if EVEN."""
+    """Load a block, with zeros for elements out of bounds. If EVEN, all elements are in bounds."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
@@ -130,8 +132,11 @@ def accumulate_products(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return acc + left @ right, summed over `length` in blocks of BLOCK_C, where `step` is the stride between rows of
-    `right`. If `right_up` is not None, also return acc_up + left @ right_up, reading the left operand once."""
+    """Return acc + left @ right, summed over `length` in blocks of BLOCK_C.
+
+    `step` is the stride between rows of `right`. If `right_up` is given, the function also returns acc_up + left @
+    right_up, and loads `left` only once.
+    """
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
         a = load_block(left, inside[None, :], EVEN)
@@ -150,7 +155,7 @@ def accumulate_products(
 
 @triton.jit
 def split_columns(block, INTERLEAVED: tl.constexpr):
-    """Split a block into two blocks with half of the columns each: alternating columns, or the left and right half."""
+    """Split a block's columns into two halves: alternating columns if INTERLEAVED, otherwise left and right."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
     else:
@@ -166,7 +171,7 @@ def grouped_matmul_kernel(
     weight_up,  # second weight of gated experts, or None
     bias,  # (e, n) or (e, 2 n) with any strides, or None
     bias_up,
-    pre,  # (r, n) or (r, 2 n) with row stride `pre_r`, output: products saved for the backward; or None
+    pre,  # (r, n) or (r, 2 n) with row stride `pre_r`, output: pre-activations saved for the backward; or None
     pre_up,
     out,  # (r, n)
     tiles,
@@ -187,14 +192,14 @@ def grouped_matmul_kernel(
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # columns of weights
+    BLOCK_N: tl.constexpr,  # weight columns per program
     BLOCK_C: tl.constexpr,
 ):
-    """Multiply rows by the weights of their experts. *up* gathers tokens and applies the activation, *down* does
-    not."""
+    """Multiply rows by their experts' weights. The *up* product gathers tokens and applies the activation. The *down*
+    product does neither."""
     TWO: tl.constexpr = weight_up is not None
-    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
-    BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
+    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # hidden columns per program
+    BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns per program in each weight
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M)
     if expert < 0:
         return
@@ -236,31 +241,31 @@ def grouped_matmul_kernel(
 
 @triton.jit
 def add_column_bias(acc, bias, place):
-    """Return acc plus the bias of each column, if there is one."""
+    """Return acc with the bias added to each column, or unchanged if `bias` is None."""
     return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
 
 
 @triton.jit
 def store_block(acc, out, place, stored):
-    """Store sums if `out` is not None."""
+    """Store acc, unless `out` is None."""
     if out is not None:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_assignments"])
 def hidden_grads(
-    grad,  # (t, c) gradient of the outputs of tokens
+    grad,  # (t, c) gradient of the output
     token,  # (r,) int32
     assignment,  # (r,) int32
     row_weight,  # (a,) float32
-    weight,  # (e, n, c) with any strides: weight of the last product
-    bias,  # (e, c) contiguous: bias of the last product, or None
+    weight,  # (e, n, c) with any strides: weight of the *down* product
+    bias,  # (e, c) contiguous: bias of the *down* product, or None
     pre,  # (r, n) or (r, 2 n) if INTERLEAVED, with row stride `pre_r`
-    pre_up,  # pre-activations of the second weight, or None
-    hidden,  # (r, n), output: hidden layer times the weight of each row; or None
-    grad_pre,  # output, as `pre`
+    pre_up,  # pre-activations from the second weight, or None
+    hidden,  # (r, n), output: hidden layer multiplied by each row's weight; or None
+    grad_pre,  # output, with the layout of `pre`
     grad_pre_up,
-    partial,  # (r, blocks) float32, output: contribution of each block of columns to the gradient of a row's weight
+    partial,  # (r, blocks) float32, output: each column block's contribution to the gradient of the row's weight
     tiles,
     num_tiles,
     num_tokens,
@@ -281,8 +286,11 @@ def hidden_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the gradients of the pre-activations, and of the weights of rows, `grad . (hidden w + bias)`. The first
-    part of the latter is computed as `(grad w^T) . hidden`, so that no outputs of rows have to be saved."""
+    """Compute the gradients of the pre-activations and of the row weights.
+
+    The gradient of a row's weight is `grad . (hidden w + bias)`. Its first term is computed as `(grad w^T) . hidden`,
+    so that the row outputs need not be saved.
+    """
     TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, blocks, BLOCK_M)
@@ -311,13 +319,13 @@ def hidden_grads(
         grad_pre_up += first * pre_r
     if hidden is not None:
         hidden += first * N
-    # in slices, because the whole block does not fit into the registers
+    # compute slices, because the whole block does not fit into the registers
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = BLOCK_N // 4
     left_half, right_half = split_columns(acc, False)
     parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
-        grad_hidden = parts[i]  # without the weights of rows
+        grad_hidden = parts[i]  # not yet multiplied by the row weights
         start = block * BLOCK_N + i * width
         column = start + tl.arange(0, width)
         stored = exists[:, None] & (column < N)[None, :]
@@ -349,8 +357,8 @@ def hidden_grads(
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_grads(
     grad_pre,  # (r, c)
-    grad_pre_up,  # gradient for the second weight, or None
-    weight,  # (e, n, c) with any strides: weight of the first product
+    grad_pre_up,  # gradient of the second weight's pre-activations, or None
+    weight,  # (e, n, c) with any strides: weight of the *up* product
     weight_up,
     out,  # (r, n)
     tiles,
@@ -366,8 +374,8 @@ def row_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the gradients of rows of tokens. Two loops are used, because two products that accumulate into one sum
-    within a loop are miscompiled on Blackwell (https://github.com/triton-lang/triton/issues/10821)."""
+    """Compute the gradients of token rows. Each product has its own loop, because on Blackwell, Triton miscompiles a
+    loop in which two products accumulate into one sum (https://github.com/triton-lang/triton/issues/10821)."""
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
@@ -386,7 +394,7 @@ def row_grads(
 
 @triton.jit
 def load_row_range(ends, expert):
-    """Return the start and the end of the rows of an expert."""
+    """Return the start and end of an expert's rows."""
     return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
 
 
@@ -395,8 +403,8 @@ def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
     y_up,  # y for the second weight of gated experts, or None
-    token,  # (r,) int32: rows of x or y that are gathered
-    ends,  # (e,) int32: end of the rows of each expert
+    token,  # (r,) int32: indices of the gathered rows of x or y
+    ends,  # (e,) int32: end of each expert's rows
     out,  # (e, m, n) with any strides
     out_up,
     num_tokens,
@@ -405,17 +413,17 @@ def weight_grads(
     out_e,
     out_m,
     out_n,
-    GATHER_X: tl.constexpr,  # whether x or y is gathered
+    GATHER_X: tl.constexpr,  # whether x is gathered; otherwise, y is
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute `x^T y` over the rows of each expert, with zeros for experts without rows.
+    """Compute `x^T y` over each expert's rows. The result is 0 for experts without rows.
 
-    x is read in the layout in which it is multiplied, `(m, c)`, and the indices of gathered rows are read one iteration
-    ahead, so that both operands are copied asynchronously, with as many blocks in flight as the schedule has stages.
-    With two weights, programs alternate between them.
+    x is loaded in the layout `(m, c)` that the product uses, and the indices of gathered rows are loaded one iteration
+    ahead. This allows both operands to be copied asynchronously, with as many blocks in flight as the schedule has
+    stages. If there are two weights, programs alternate between them.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -450,10 +458,10 @@ def weight_grads(
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
 def bias_grads_kernel(
     y,  # (t or r, n)
-    token,  # (r,) int32: rows of y that are gathered and weighted; None if y contains the rows of experts
+    token,  # (r,) int32: indices of the rows of y to gather and weight; None if y is `(r, n)`
     row_weight,  # (a,) float32
     assignment,  # (r,) int32
-    ends,  # (e,) int32: end of the rows of each expert
+    ends,  # (e,) int32: end of each expert's rows
     out,  # (e, n) with any strides
     num_tokens,
     num_assignments,
@@ -463,7 +471,7 @@ def bias_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum the rows of y for each expert, with zeros for experts without rows."""
+    """Sum each expert's rows of y. The sum is 0 for experts without rows."""
     blocks = tl.cdiv(N, BLOCK_N)
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     begin, end = load_row_range(ends, expert)
@@ -485,7 +493,8 @@ def bias_grads_kernel(
 
 @triton.jit
 def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
-    """Return acc plus the weighted row of assignment `index`. The row `num_rows` means none and adds 0."""
+    """Return acc plus the weighted row of assignment `index`. If this row is `num_rows`, the assignment has no row and
+    adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -497,7 +506,7 @@ def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 @triton.jit
 def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum rows of `(r, blocks)`, with 0 for rows that do not exist."""
+    """Sum `partial` `(r, blocks)` over blocks. The sum is 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)
@@ -512,16 +521,17 @@ def sum_rows_kernel(
     row_of,  # (a,) int32: row of each assignment, ordered by token
     weight,  # (a,) float32; None for an unweighted sum
     out,  # (t, d), output
-    partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
-    grad_weight,  # (a,), output: gradient of the weight of each assignment
+    partial,  # (r, blocks) float32: partial sums of the gradient of each row's weight; or None
+    grad_weight,  # (a,), output: gradient of each assignment's weight
     num_rows,
     D,
     blocks,
     CHOICES: tl.constexpr,  # number of rows per token
-    WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
+    WIDTH: tl.constexpr,  # CHOICES rounded up to a power of 2
     BLOCK: tl.constexpr,
 ):
-    """Sum each token's rows in float32 in a fixed order, and write the gradients of their weights."""
+    """Sum each token's rows in float32 and in a fixed order. If `partial` is given, also write the gradients of the
+    weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:

@@ -19,18 +19,21 @@ from mixture_of_experts.support.implementations import requested_implementation,
 from mixture_of_experts.support.private_torch import is_in_transform
 from mixture_of_experts.support.tracing import get_device_capability
 
-# Families of cards, as in `find_card_family`, on which kernels are the default. A family is added after
-# `benchmarks.first_hour` has run on one of its cards, found no fault, and measured that the kernels are the fastest.
+# Card families, as returned by `find_card_family`, on which kernels are used by default. A family is added after
+# `benchmarks.first_hour` has run on one of its cards, found no faults, and measured that the kernels are the fastest.
 DEFAULT_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts
-DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts, only for few tokens
+DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts, but only during decoding
 ROUTER_FAMILIES: tuple[tuple[int, int], ...] = ()  # for routers and queues
 
 _SELF_CHECKS: list[SelfCheck] = []  # all instances
 
 
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the compute capability whose schedule a card uses, which has the same instructions and no more shared
-    memory, or None for a card that the kernels do not support."""
+    """Return the family of a card, or None if the kernels do not support it.
+
+    A family is represented by a compute capability. All of its cards have the same instructions as that capability and
+    at least as much shared memory, so they share a schedule.
+    """
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
     return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(capability[0])
@@ -43,7 +46,7 @@ def device_unsupported_reason(device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return "the kernels support only NVIDIA GPUs (or CPUs with Triton's interpreter, TRITON_INTERPRET=1)"
+        return "the kernels support only NVIDIA GPUs, and CPUs if TRITON_INTERPRET=1 is set"
     if find_card_family(get_device_capability(device)) is None:
         return "the kernels do not support compute capability {}.{}".format(*get_device_capability(device))
     return None
@@ -52,8 +55,8 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 def can_launch_kernels(device: torch.device) -> bool:
     """Return whether routers and queues launch kernels on a device.
 
-    Without a request, they do on the cards of `ROUTER_FAMILIES`. Traced graphs use torch's operators instead, which
-    compilers fuse.
+    Unless kernels are requested, they are launched only on cards in `ROUTER_FAMILIES`. Traced graphs use torch's
+    operators instead, which compilers can fuse.
     """
     if requested_implementation() == BATCH_INVARIANT or is_in_transform() or torch.compiler.is_compiling():
         return False
@@ -64,25 +67,25 @@ def can_launch_kernels(device: torch.device) -> bool:
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
-    """Return the named tensors made contiguous. None stays None."""
+    """Return the arguments with all tensors made contiguous."""
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch a kernel. All kernels are launched here."""
+    """Launch a kernel. All kernels are launched by this function."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 class SelfCheck:
-    """Checks the results of kernels on a device before the first call of each kind, in a process of its own.
+    """Checks the results of kernels before the first call of each kind, in a separate process.
 
-    If a kernel raises, does not end, ends the process or differs from torch's operators, all kinds of this check that
-    have not passed yet are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have
-    passed stay enabled, because a recomputation must use the same implementation as its forward. For the same reason,
-    running out of memory is stored as a verdict too, but only for one kind. Other verdicts, unless the check did not
-    end, are also kept on disk.
+    If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds that have not passed yet
+    are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have passed remain
+    enabled, because a recomputation must use the same implementation as its forward. For the same reason, running out
+    of memory is also stored as a verdict, but only for one kind. Verdicts that would not change if the check were
+    repeated are also saved to disk.
 
     Args:
         kernels: name of the kernels in the warning.
@@ -94,12 +97,12 @@ class SelfCheck:
         _SELF_CHECKS.append(self)
 
     def failure_reason(self, device: torch.device, kind: Hashable, find_fault: Callable[[], str | None]) -> str | None:
-        """Check the kernels for a kind of calls, and return why they failed, or None if they are correct.
+        """Check the kernels for one kind of call, and return why they failed, or None if they are correct.
 
         Args:
-            device: the device of the call.
-            kind: the properties that compiled programs depend on, without the device. Each kind is checked once.
-            find_fault: a picklable function that computes such a call, and returns a description of the fault or None.
+            device: device of the call.
+            kind: everything except the device that determines which programs are compiled. Each kind is checked once.
+            find_fault: a picklable function that runs such a call and returns a description of the fault, or None.
         """
         verdicts, key = self.verdicts, (device, kind)
         if key in verdicts:
@@ -109,11 +112,11 @@ class SelfCheck:
             return wrong
         if device.type == "cuda" and is_capturing_graph(device):
             warnings.warn(
-                f"a CUDA graph is captured without {self.kernels}, because they have not been checked yet. Call the "
+                f"{self.kernels} are not used in this CUDA graph, because they have not been checked yet; call the "
                 "layer or ops.prepare once before the capture",
                 stacklevel=2,
             )
-            return "they were not checked before this stream was captured"
+            return "they were not checked before the capture of the CUDA graph"
         file = VerdictFile(device, self.kernels, kind)
         if stored := file.read():
             fault, where = stored[0], f" (stored in {file.path}; delete it to check again)"
@@ -131,12 +134,12 @@ class SelfCheck:
 
 
 def clear_out_of_memory_verdicts() -> None:
-    """Remove the verdicts of kinds that could not be checked for lack of memory, so that they are checked again."""
+    """Remove the verdicts of self-checks that ran out of memory, so that these checks are repeated."""
     for check in _SELF_CHECKS:
         check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != OUT_OF_MEMORY}
 
 
 def is_capturing_graph(device: torch.device) -> bool:
-    """Return whether the current stream of a CUDA device is being captured into a graph."""
+    """Return whether a CUDA device's current stream is being captured into a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

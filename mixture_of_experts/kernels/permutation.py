@@ -1,9 +1,10 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels that compute the row of each assignment, from queues or, for small numbers of assignments, without them.
+"""Kernels that compute the row of each assignment, either from queues or, for small numbers of assignments, by
+comparing all pairs.
 
-Axes: a assignments per call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
-q = e b queues (one for each expert and group), c choices of the gate that has these queues, which are the assignments
-with one level, and the choices of level two with two levels.
+Axes: a (assignments per call), t (tokens), k (choices), r (rows sorted by expert, without gaps, at most a), e
+(experts), b (groups), q (queues, one for each expert and group, e b), c (choices of the gate that has these queues: all
+assignments with a single level, and level two's choices with two levels).
 """
 
 from __future__ import annotations
@@ -25,35 +26,35 @@ import triton.language as tl
     ]
 )
 def find_rows_kernel(
-    expert,  # (c,) int64: expert of each choice of a gate
+    expert,  # (c,) int64: expert of each choice
     position,  # (c,) int64: position of each choice in its queue
-    chosen,  # (c,) bool: which choices queue
-    kept,  # (c,) bool: which choices are computed
-    slot,  # (a / k2,) int64 for two levels: token of the gate for each choice of level one, or s for none; else None
-    length,  # (q,) int64: number of rows of each queue; positions past it have no row
-    stop,  # (q,) int64: end of the rows of each queue
-    row,  # (a,) int32, output: row of each assignment, or r for none
-    assignment,  # (r,) int32, output: assignment of each row, or a past the rows of the last expert
-    token,  # (r,) int32, output: token of each row, or t past the rows of the last expert
-    counts,  # (e,) int64, output: number of rows of each expert
+    chosen,  # (c,) bool: whether each choice is queued
+    kept,  # (c,) bool: whether each choice is computed
+    slot,  # (a / k2,) int64: level-two token of each level-one choice, or s for none; None for a single level
+    length,  # (q,) int64: row count of each queue; later positions have no row
+    stop,  # (q,) int64: end of each queue's rows
+    row,  # (a,) int32, output: row of each assignment, or r if it has none
+    assignment,  # (r,) int32, output: assignment of each row, or a past the last expert's rows
+    token,  # (r,) int32, output: token of each row, or t past the last expert's rows
+    counts,  # (e,) int64, output: row count of each expert
     num_assignments,
     num_rows,
-    num_tokens,  # n, tokens per group of the gate
+    num_tokens,  # tokens per group
     num_groups,
     num_queues,
-    num_slots,  # s, number of tokens of the gate
+    num_slots,  # s, number of tokens that the gate routes
     num_experts,
     experts_of_router,
-    OF_GATE: tl.constexpr,  # k2, choices per token of the gate
+    OF_GATE: tl.constexpr,  # k2, the gate's choices per token
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,  # assignments per program
     BLOCK_E: tl.constexpr,
 ):
-    """Compute rows from queues, where the rows of each queue follow those of the previous one.
+    """Compute rows from queues. The rows of each queue follow those of the previous queue.
 
-    Assignments of weight 0 may occupy a slot although their results are not used. Their rows have a token and are
+    Assignments with weight 0 may occupy a slot although their results are not used. Their rows have a token and are
     computed, but never read. With two levels, custom gates may choose experts for slots without a token, and therefore
-    need more than r rows. The rows from r on are omitted.
+    need more than r rows. Rows with index r or higher are omitted.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -94,21 +95,22 @@ def find_rows_kernel(
 @triton.jit(do_not_specialize=["num_assignments", "num_experts"])
 def rank_rows_kernel(
     expert,  # (a,) int64: expert of each assignment
-    kept,  # (a,) bool: which assignments are computed
-    row,  # this and the next three are outputs, as in `find_rows_kernel`
+    kept,  # (a,) bool: whether each assignment is computed
+    row,  # this argument and the next three are outputs, as in `find_rows_kernel`
     assignment,
     token,
     counts,
     num_assignments,
     num_experts,
     CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,  # assignments, or experts, per program
+    BLOCK: tl.constexpr,  # assignments and experts per program
     BLOCK_A: tl.constexpr,
 ):
-    """Compute the rows of a small number of assignments by counting, for each of them, the assignments to lower experts
-    and earlier assignments to the same expert.
+    """Compute the rows of a small number of assignments by comparing all pairs.
 
-    Assignments that are not kept are placed after all experts, so that each position belongs to one assignment.
+    An assignment's row is the number of assignments to lower-numbered experts, plus the number of earlier assignments
+    to the same expert. Assignments that are not kept are placed after all experts, so that no two assignments share a
+    position.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_assignments

@@ -1,7 +1,8 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Activations of experts and their gradients, as functions that kernels call on float32 blocks.
+"""Expert activations and their gradients, as Triton functions of float32 blocks.
 
-Axes: h and u pre-activations of the first and (for gated experts) the second weight, g gradient of the hidden layer.
+Arguments: h (pre-activations), u (pre-activations from the second weight of gated experts), g (gradient of the hidden
+layer).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ def apply_activation(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         value = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(z)) / 2 is sigmoid(2 z)
+        # (1 + tanh(z)) / 2 equals sigmoid(2 z)
         value = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     elif ACTIVATION == "silu":
         value = h * tl.sigmoid(h)
     elif ACTIVATION == "relu":
-        value = tl.where(h < 0.0, 0.0, h)  # NaN stays NaN, as in torch
+        value = tl.where(h < 0.0, 0.0, h)  # propagates NaN, as torch does
     elif ACTIVATION == "relu_squared":
         value = tl.where(h < 0.0, 0.0, h)
         value = value * value
@@ -33,7 +34,7 @@ def apply_activation(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_grad(h, ACTIVATION: tl.constexpr):
-    """Return act'(h), with the same values at kinks and for NaN as in torch."""
+    """Return act'(h), which matches torch at kinks and for NaN."""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":

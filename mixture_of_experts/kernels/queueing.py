@@ -1,9 +1,10 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels that queue assignments at their experts, and the torch operator that launches them.
+"""Kernels that queue assignments for their experts, and the torch operator that launches them.
 
-Axes: r groups of all routers, n tokens per group, k choices per token, a assignments per group (n k), e experts.
+Axes: r (groups of all routers), n (tokens per group), k (choices per token), a (assignments per group, n k), e
+(experts).
 
-The assignments of a group form a line in the order in which they queue. The line is split into blocks.
+Each group's assignments form a line, in queueing order. The line is split into blocks, one per program.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ QUEUE_BLOCK = 64  # assignments per program
 @triton.jit
 def load_queue_block(
     expert,  # (r, a) int64: expert of each assignment, ordered by token
-    chosen,  # (r, a) bool: which assignments queue; None if all do
-    order,  # (r, n) int64: tokens in the order in which they queue; None for their original order
+    chosen,  # (r, a) bool: whether each assignment is queued; None if all are
+    order,  # (r, n) int64: tokens in queueing order; None for their original order
     length,
     num_experts,
     num_blocks,
@@ -30,8 +31,8 @@ def load_queue_block(
     BY_CHOICE: tl.constexpr,  # whether all first choices precede all second choices
     BLOCK: tl.constexpr,
 ):
-    """Return the row and the block of a program, and for the assignments of the block, their locations, whether they
-    exist, and their experts (e if an assignment does not queue)."""
+    """Return the row and the block of a program, and for each assignment in the block its location, whether it exists,
+    and its expert (e if it is not queued)."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
@@ -54,7 +55,7 @@ def count_queue_kernel(
     expert,
     chosen,
     order,
-    counts,  # (r, e, blocks) int32, output: number of assignments of each expert in a block
+    counts,  # (r, e, blocks) int32, output: number of each expert's assignments in each block
     length,
     num_experts,
     num_blocks,
@@ -63,7 +64,7 @@ def count_queue_kernel(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Count the assignments of each expert in a block of the line."""
+    """Count each expert's assignments in a block of the line."""
     row, block, _, _, its = load_queue_block(
         expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
     )
@@ -78,7 +79,7 @@ def rank_queue_kernel(
     expert,
     chosen,
     order,
-    total,  # (r, e, blocks) int64: number of assignments of each expert up to the end of a block
+    total,  # (r, e, blocks) int64: number of each expert's assignments up to the end of each block
     position,  # (r, a) int64, output: position of each assignment in its queue
     queued,  # (r, e) int64, output: length of each queue
     length,
@@ -89,13 +90,13 @@ def rank_queue_kernel(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the position of each assignment in a block, and for the last block the length of each queue."""
+    """Write the position of each assignment in a block. The program of the last block also writes the queue lengths."""
     row, block, stored, exists, its = load_queue_block(
         expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
     )
     place = tl.arange(0, BLOCK)
     before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
-    earlier = tl.where(block > 0, its, num_experts)  # the expert if there is an earlier block
+    earlier = tl.where(block > 0, its, num_experts)  # e in the first block, which has no earlier block
     first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
     tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
     if block == num_blocks - 1:
@@ -109,14 +110,14 @@ def rank_queue_kernel(
 def queue_assignments(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return positions `(r, a)` and lengths of queues `(r, e)`, both int64.
+    """Return positions `(r, a)` and queue lengths `(r, e)`, both int64.
 
     Args:
         expert: `(r, a)` int64, not empty.
-        chosen: `(r, a)` bool; None if all assignments queue.
-        order: `(r, n)` int64, tokens in the order in which they queue; None for their original order.
-        num_experts, k: e and k.
-        by_choice: whether all first choices precede all second choices. Otherwise all choices of a token precede those
+        chosen: `(r, a)` bool; None if all assignments are queued.
+        order: `(r, n)` int64, tokens in queueing order; None for their original order.
+        num_experts, k: number of experts, and of choices per token.
+        by_choice: whether all first choices precede all second choices. Otherwise, all choices of a token precede those
             of the next token.
     """
     position, queued = allocate_queues(expert, num_experts)
@@ -143,5 +144,5 @@ def _(expert, chosen, order, num_experts, k, by_choice):
 
 
 def allocate_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Allocate contiguous tensors for positions `(r, a)` and lengths `(r, e)`. `expert` may have any strides."""
+    """Allocate contiguous tensors for positions `(r, a)` and queue lengths `(r, e)`."""
     return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

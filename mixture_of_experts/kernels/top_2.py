@@ -1,8 +1,9 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernels of `Top2Gating` (two choices per token, their weights, sums for losses, and the gradient), and the torch
-operators that launch them.
+"""Kernels for `Top2Gating`, and the torch operators that launch them.
 
-Axes: g groups (preceded by outer experts, `...`), n tokens per group, e experts, p programs per group.
+The kernels choose two experts for each token, and compute their weights, sums for the losses, and the gradient.
+
+Axes: g (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), p (programs per group).
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
 MAX_NUMEL_AT_ONCE = 1024  # maximum number of elements (tokens x experts) that a program processes at a time
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens per program, and tokens that it processes at a time
+MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens that a program processes in total and at a time
 
 
 @triton.jit(do_not_specialize=["length", "programs"])
 def top_2_kernel(
     logits,  # (g, n, e) float32
-    full,  # (g, n) bool: which tokens make a first choice and count; None for all
-    active,  # (g, n) bool: which tokens make a second choice; None if `full` is None
-    uniform,  # (g, n) float32 between 0 and 1 for policy "random"; or None
-    expert,  # (g, n, 2) int64, output like all following ones; ties go to the lowest index
+    full,  # (g, n) bool: whether each token makes a first choice and is counted; None if all do
+    active,  # (g, n) bool: whether each token makes a second choice; None if `full` is None
+    uniform,  # (g, n) float32 between 0 and 1 for the policy "random"; otherwise None
+    expert,  # (g, n, 2) int64, output, as are all tensors below; ties go to the lowest index
     weight,  # (g, n, 2) float32
-    chosen,  # (g, n, 2) bool: which choices are made
-    primary,  # (g, n, 2) bool: which choices have more than half of the weight
+    chosen,  # (g, n, 2) bool: whether each choice is made
+    primary,  # (g, n, 2) bool: whether each choice has more than half of the weight
     probs,  # (g, n, e) float32
     log_total,  # (g, n) float32: logsumexp of the logits
-    sums,  # (2, g, p, e) float32: first choices and probabilities of each expert, summed over tokens that count
-    totals,  # (g, p, 2) float32: sum of the squared `log_total` of these tokens, and their number
+    sums,  # (2, g, p, e) float32: each expert's first choices and probabilities, summed over counted tokens
+    totals,  # (g, p, 2) float32: sum of the squared `log_total` over counted tokens, and their number
     length,  # n
     programs,  # p
     num_experts,
@@ -42,7 +43,7 @@ def top_2_kernel(
     threshold,
     POLICY: tl.constexpr,
     TOKENS: tl.constexpr,  # tokens per program
-    ROWS: tl.constexpr,  # tokens that it processes at a time
+    ROWS: tl.constexpr,  # tokens processed at a time
     BLOCK_E: tl.constexpr,
 ):
     """Choose two experts for each token. NaN ranks above all probabilities, as in torch's sort."""
@@ -74,9 +75,9 @@ def top_2_kernel(
         p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
         p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
-        # IEEE rounding makes the weights of a tie exactly 0.5, which the operator `/` does not guarantee
+        # with IEEE rounding, the weights of a tie are exactly 0.5, which `/` does not guarantee
         weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
-        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 even if the sum is NaN
+        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # the weight is 0 even if the sum is NaN
 
         if POLICY == "none":
             sent = is_first
@@ -88,7 +89,7 @@ def top_2_kernel(
         else:
             tl.static_assert(POLICY == "all")
             sent = choice < 2
-        if BLOCK_E == 1:  # a single expert allows no second choice
+        if BLOCK_E == 1:  # with a single expert, there is no second choice
             sent = sent & (weights != 0)
         if full is not None:
             is_active = tl.load(active + token, mask=is_token, other=False)
@@ -116,11 +117,11 @@ def top_2_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
 def top_2_grads_kernel(
-    probs,  # (t, e) float32, for the tokens of all groups, t = g n
+    probs,  # (t, e) float32, where t = g n is the number of tokens in all groups
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
-    full,  # (t,) bool; None for all
-    grad_weight,  # (t, 2) float32; for this and all following gradients, None means 0
+    full,  # (t,) bool: whether each token is counted; None if all are
+    grad_weight,  # (t, 2) float32; for this gradient and those below, None means 0
     grad_probs,  # (t, e) float32
     grad_log_total,  # (t,) float32
     grad_proxy,  # (g, e) float32
@@ -133,7 +134,7 @@ def top_2_grads_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the gradient of the logits, as `grads_by_operators` computes it with torch's operators."""
+    """Write the gradient of the logits. `grads_by_operators` computes the same gradient with torch's operators."""
     column = tl.arange(0, BLOCK_E)[None, :]
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -179,13 +180,14 @@ def choose_top_2(
     threshold: float,
     eps: float,
 ) -> list[Tensor]:
-    """Return `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `top_2_kernel`.
+    """Return the outputs `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of
+    `top_2_kernel`.
 
     Args:
         logits: `(..., g, n, e)` float32, with at least one token.
-        full, active: `(..., g, n)` bool, both or neither.
-        uniform: `(..., g, n)` float32 for policy "random".
-        policy, threshold, eps: settings of the gate.
+        full, active: `(..., g, n)` bool. Pass both or neither.
+        uniform: `(..., g, n)` float32, required for the policy "random".
+        policy, threshold, eps: the gate's settings.
     """
     found, (*groups, length, e) = allocate_top_2(logits), logits.shape
     programs, (rows, tokens, block) = found["sums"].shape[-2], get_launch_sizes(e)
@@ -213,15 +215,15 @@ def _(logits, *settings):
 
 
 def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
-    """Return the number of tokens that a program processes at a time, its total number of tokens, and the smallest
-    power of 2 that is at least the number of experts."""
+    """Return how many tokens a program processes at a time, how many it processes in total, and the number of experts
+    rounded up to a power of 2."""
     block = triton.next_power_of_2(num_experts)
     rows = min(MAX_NUMEL_AT_ONCE // block, MAX_TOKENS_AT_ONCE)
     return rows, max(rows, MIN_TOKENS_PER_PROGRAM), block
 
 
 def allocate_top_2(logits: Tensor) -> dict[str, Tensor]:
-    """Allocate memory for the outputs of `top_2_kernel` by name."""
+    """Allocate the outputs of `top_2_kernel`, and return them by name."""
     *lead, n, e = logits.shape
     programs = -(-n // get_launch_sizes(e)[1])
     pair = (*lead, n, 2)
@@ -246,10 +248,10 @@ def choose_top_2_grads(
     eps: float,
     grads: list[Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the logits `(..., g, n, e)`, given the results of `choose_top_2` and their `grads`.
+    """Return the gradient of the logits `(..., g, n, e)`, given results of `choose_top_2` and their gradients.
 
-    These are the gradients of weight, probs and log_total, and of two sums over programs: the proxy `(..., g, e)` and
-    the squares `()`. None means 0.
+    `grads` contains the gradients of `weight`, `probs` and `log_total`, followed by those of two sums over programs,
+    the proxy `(..., g, e)` and the squares `()`. None means 0.
     """
     n, e = probs.shape[-2:]
     rows, _, block = get_launch_sizes(e)

@@ -1,8 +1,9 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernel that chooses the experts of short groups (scores, the k best, their weights, and losses), and the torch
-operator that launches it.
+"""A kernel that chooses experts for short groups, and the torch operator that launches it.
 
-Axes: t tokens, b groups, n tokens per group, e experts, k choices.
+The kernel computes scores, the top k experts, their weights, and losses.
+
+Axes: t (tokens), b (groups), n (tokens per group), e (experts), k (choices).
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 @triton.jit(do_not_specialize=["length"])
 def top_k_kernel(
     logits,  # (t, e) float32
-    bias,  # (e,) float32, added to scores only to choose experts; or None
-    expert,  # (t, k) int64, output: best choice first, ties in order of the index
+    bias,  # (e,) float32, added to the scores only when experts are chosen; or None
+    expert,  # (t, k) int64, output: best choice first; ties go to the lowest index
     weight,  # (t, k) float32, output
     probs,  # (t, e) float32, output
-    losses,  # (b, 2) float32, output: terms of each group in the balancing loss and the z-loss
+    losses,  # (b, 2) float32, output: each group's terms of the load-balancing loss and the z-loss
     length,  # n
     num_experts,
     balance_scale,
     z_scale,
-    SOFTMAX: tl.constexpr,  # whether scores are a softmax or sigmoids
-    OF_CHOSEN: tl.constexpr,  # whether weights are a softmax over the logits of the chosen experts or their scores
+    SOFTMAX: tl.constexpr,  # whether scores are a softmax; otherwise, they are sigmoids
+    OF_CHOSEN: tl.constexpr,  # whether weights are a softmax over the chosen experts' logits; otherwise, their scores
     NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     CHOICES: tl.constexpr,
-    WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
+    WIDTH: tl.constexpr,  # CHOICES rounded up to a power of 2
     BLOCK_E: tl.constexpr,
 ):
-    """Choose the experts of one group per program, token by token. NaN ranks above all scores, as in torch's sort."""
+    """Choose experts for the tokens of one group. NaN ranks above all scores, as in torch's sort."""
     group, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, WIDTH)
     exists = column < num_experts
     load = tl.zeros((BLOCK_E,), tl.float32)
@@ -67,7 +68,7 @@ def top_k_kernel(
             chosen = chosen | (column == index)
             best = tl.where(choice == c, index, best)
             weights = tl.where(choice == c, tl.sum(tl.where(column == index, value, 0.0), 0), weights)
-        if OF_CHOSEN:  # scores of improbable experts that are chosen because of the bias may round to 0
+        if OF_CHOSEN:  # an improbable expert may be chosen because of its bias, and its score may round to 0
             weights = tl.exp(weights - tl.max(weights, 0))
             weights = weights / tl.sum(weights, 0)
         elif NORMALIZE:
@@ -97,13 +98,13 @@ def choose_top_k(
     balance_scale: float,
     z_scale: float,
 ) -> list[Tensor]:
-    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and loss terms `(b, 2)`; see `top_k_kernel`.
+    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and loss terms `(b, 2)`. See `top_k_kernel`.
 
     Args:
         logits: `(b, n, e)` float32.
         bias: `(e,)` float32 or None.
-        k, softmax, of_chosen, normalize, scale, eps: settings of the gate.
-        balance_scale, z_scale: factors of the two loss terms.
+        k, softmax, of_chosen, normalize, scale, eps: the gate's settings.
+        balance_scale, z_scale: factors for the two loss terms.
     """
     b, n, e = logits.shape
     found = allocate_top_k(logits, k)
@@ -135,7 +136,7 @@ def _(logits, bias, k, *settings):
 
 
 def allocate_top_k(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Allocate memory for the outputs of `top_k_kernel` by name."""
+    """Allocate the outputs of `top_k_kernel`, and return them by name."""
     b, n, e = logits.shape
     return dict(
         expert=logits.new_empty(b, n, k, dtype=torch.int64),

@@ -1,7 +1,7 @@
-"""Keeps the verdicts of self-checks on disk, so that a machine checks each kind of kernel once.
+"""Stores the verdicts of self-checks on disk, so that each kind of kernel is checked only once per machine.
 
-Each verdict has a file of its own, which is replaced atomically, so several processes may write at once. The file lists
-everything that the verdict depends on, and its name is a hash of that list. A file with another list is ignored.
+Each verdict has its own file, which is replaced atomically, so that several processes may write at once. The file lists
+everything that the verdict depends on, and its name is a hash of that list. A file with a different list is ignored.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-CACHE_VARIABLE = "MIXTURE_OF_EXPERTS_CACHE"  # a folder, or an empty string to keep nothing on disk
+CACHE_VARIABLE = "MIXTURE_OF_EXPERTS_CACHE"  # a folder, or an empty string to store nothing on disk
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class VerdictFile:
-    """The file of one verdict, or no file for a CPU and if the version of the driver is unknown.
+    """The file that stores one verdict. CPUs have no such file, nor do GPUs whose driver version is unknown.
 
     Args:
-        device: the GPU.
-        kernels: name of the kernels.
-        kind: what is checked. Its `repr` must be the same in all processes.
+        device: device that is checked.
+        kernels: name of the kernels, as in `SelfCheck`.
+        kind: kind of call that is checked. Its `repr` must be the same in all processes.
     """
 
     def __init__(self, device: torch.device, kernels: str, kind: Hashable) -> None:
@@ -37,12 +37,12 @@ class VerdictFile:
             try:
                 self.key += describe_environment(device)
             except (OSError, ImportError):
-                return  # a version is unknown
+                return  # verdicts are not stored if a version is unknown
             self.path = Path(folder, hashlib.sha256(json.dumps(self.key).encode()).hexdigest() + ".json")
 
     def read(self) -> list[str | None]:
-        """Return a list of the stored fault (None if the kernels passed), or an empty list if there is no valid
-        file."""
+        """Return a list that contains the stored fault, or an empty list if there is no valid file. If the kernels
+        passed, the fault is None."""
         try:
             *key, fault = json.loads(self.path.read_bytes()) if self.path else []
         except (OSError, ValueError, TypeError):
@@ -50,7 +50,7 @@ class VerdictFile:
         return [fault] if key == self.key and isinstance(fault, str | None) else []
 
     def write(self, fault: str | None) -> None:
-        """Store a verdict if the folder can be written."""
+        """Store a verdict if the folder is writable."""
         if self.path is None:
             return
         try:
@@ -63,8 +63,8 @@ class VerdictFile:
 
 
 def describe_environment(device: torch.device) -> list[str]:
-    """Return what the results of all kernels depend on: card, driver, versions, and the sources of this package, which
-    include its version."""
+    """Return what the results of all kernels depend on: the card, the driver, the versions of torch and Triton, and the
+    sources of this package."""
     card, sources = torch.cuda.get_device_properties(device), hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         sources.update(path.read_bytes())

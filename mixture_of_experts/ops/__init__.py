@@ -1,11 +1,12 @@
-"""Routed feed-forward networks, with selection of the implementation that computes a call.
+"""Routed feed-forward networks, and the selection of the implementation that computes them.
 
-Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
+Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 
-Implementations have `unsupported_reason(call)` and `run(call)`, as described in `support/implementations.py`, where the
-call is a `Call`. They are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` must not depend on values, the
-number of tokens or the grad mode, so that a recomputation uses the same implementation as its forward. (Decoding in
-eval mode has its own implementation on some cards, and is a branch inside the implementation on others.)
+Each implementation has the functions `unsupported_reason(call)` and `run(call)`, which take a `Call` and are described
+in `support/implementations.py`. Implementations are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` must
+not depend on tensor values, the number of tokens or the grad mode, so that a recomputation uses the same implementation
+as its forward. (Decoding in eval mode has its own implementation on some cards, and is a branch of another
+implementation on others.)
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ __all__ = [
     "use",
 ]
 
-# fastest implementation first; "plain" supports all calls, so implementations after it are selected only by `use`
+# fastest first; "plain" supports all calls, so later implementations are only used if selected with `use`
 IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
 IMPLEMENTATIONS |= {BATCH_INVARIANT: batch_invariant}
 check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTATIONS))
@@ -75,30 +76,30 @@ def use(
     *,
     router_kernels: bool | None = None,
 ) -> Iterator[None]:
-    """Context manager that selects the implementation for all calls of `routed_ffn` and `moe_ffn`, and whether routers
-    and queues use Triton kernels.
+    """Context manager that selects the implementation of experts in all calls of `routed_ffn` and `moe_ffn`, and
+    whether routers and queues use Triton kernels.
 
-    "auto" selects the fastest implementation for each call. "batch_invariant" makes the output for each token of a
-    dropless layer on a CPU bitwise identical in any batch, including the router and the shared expert. A layer with a
-    part that is not known to be batch-invariant raises an error before anything is computed. The other names do not
-    affect experts that no implementation computes, such as lists of modules or quantized experts.
+    "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU computes
+    bitwise identical outputs for a token in any batch, including the router and the shared expert. If any part of a
+    layer is not known to be batch-invariant, an error is raised before anything is computed. The other names have no
+    effect on lists of modules, quantized experts, and other experts that these implementations do not compute.
 
-    The context applies to all threads of the process, because a backward on a GPU has its own thread. If several
-    contexts are active, the last one entered applies. Activation checkpointing must recompute in the same context, so
-    call the backward inside it. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the
-    whole process.
+    The context applies to all threads of the process, because the backward on a GPU runs in its own thread. If several
+    contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the same
+    context, so call the backward inside it. To select an implementation for the whole process, set the environment
+    variable `MIXTURE_OF_EXPERTS_KERNELS`.
 
     Args:
         implementation: the implementation of experts.
-        router_kernels: True uses the kernels of routers and queues wherever they are supported, False uses torch's
-            operators, and None uses the default of the device, or the kernels if "triton" is requested. Traced graphs
-            and "batch_invariant" always use operators.
+        router_kernels: True uses the kernels for routers and queues wherever they are supported. False uses torch's
+            operators. None uses the device's default, or the kernels if "triton" is requested. Traced graphs and
+            "batch_invariant" always use operators.
 
     Raises:
-        ValueError: the name is unknown, or this implementation does not support a call; the error states the reason.
-        RuntimeError: during a call. For "batch_invariant", products of the experts' sizes on this CPU depend on the
-            batch for all block sizes that are tried. For "triton", a second derivative is computed, or the tokens and a
-            weight are on different GPUs.
+        ValueError: the name is unknown, or the implementation does not support a call. The message states the reason.
+        RuntimeError: a call cannot be computed. "batch_invariant" raises this error if products of the experts'
+            dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises it if a
+            second derivative is computed, or if the tokens and a weight are on different GPUs.
 
     Example:
         >>> import torch
@@ -116,15 +117,15 @@ def use(
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer without gradients, and explain which implementations computed its experts and gates, and why faster
+    """Call a layer without gradients, and return which implementations computed its experts and gates, and why faster
     ones were not used.
 
     The layer is called normally in its current mode, so hooks run and buffers may change. The states of random number
     generators are restored.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`, of which the first call is explained.
-        x, args, kwargs: arguments of the call.
+        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`. Only the first call is explained.
+        x, args, kwargs: arguments to the layer.
 
     Example:
         >>> import torch
@@ -146,21 +147,22 @@ def prepare(
 ) -> dict[tuple[int, int], Explanation]:
     """Compile and check the kernels that a layer launches, before training or serving.
 
-    At its first launch, Triton compiles a kernel, and its self-check runs. Both take seconds in each process. This
-    function calls the layer on random tokens of each given shape, in the dtype of its experts, in its current mode and
-    under the caller's autocast. It runs forward and backward in training mode, and only the forward in eval mode.
-    Gradients, buffers and random number generators are left unchanged, but hooks run, so call it before the layer is
-    wrapped or monitored. Self-checks that previously ran out of memory are repeated. One call is enough for all layers
-    with the same settings.
+    When a kernel is first launched, Triton compiles it and its self-check runs. Both take seconds in each process. This
+    function calls the layer with random tokens of each given shape, in the dtype of its experts, in its current mode
+    and under the caller's autocast. In training mode, it runs forward and backward; in eval mode, only the forward.
+    Gradients, buffers and random number generators are left unchanged, but hooks run, so call this function before
+    wrapping or monitoring the layer. Self-checks that previously ran out of memory are repeated. One call is enough for
+    all layers with the same settings.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that maps inputs
-            `(sequences, tokens, layer.dim)`.
-        tokens: number of tokens per sequence, or a sequence of such numbers.
-        sequences: number of sequences, or a sequence of such numbers. All combinations with `tokens` are called.
+        layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that accepts inputs `(sequences, tokens,
+            layer.dim)`.
+        tokens: number of tokens per sequence, as an integer or a sequence of integers.
+        sequences: number of sequences, as an integer or a sequence of integers. The layer is called with each
+            combination of `sequences` and `tokens`.
 
     Returns:
-        A dict that maps `(sequences, tokens)` to the `Explanation` for the experts, as returned by `explain_call`.
+        A dict that maps each `(sequences, tokens)` to its `Explanation`, as returned by `explain_call`.
 
     Example:
         >>> from mixture_of_experts import MoE
@@ -191,7 +193,7 @@ def prepare(
 
 
 def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
-    """Return the explanation of the first call of experts, including the gates before it."""
+    """Return the explanation of the first expert call, including those of the gates before it."""
     parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
     gates = tuple(found for part, found in explanations[:first] if part == "gate")
@@ -211,10 +213,10 @@ def routed_ffn(
     Args:
         x: `(t, d)`.
         assignments: the assignments of these tokens.
-        network: the weights of the experts.
+        network: the experts' weights.
         training: whether the experts are in training mode.
-        implementations: replacements for `IMPLEMENTATIONS` with the same names, for other kinds of networks. The last
-            one must support all calls.
+        implementations: replacements for the implementations of the same names in `IMPLEMENTATIONS`, for other kinds of
+            networks. The last one must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -245,26 +247,27 @@ def moe_ffn(
 
     Args:
         x: `(t, d)`.
-        expert: `(t, k)` integers, the experts of each token. Ids below 0 or at least e are ignored. A token may choose
+        expert: `(t, k)` integers, the experts of each token. Ids below 0 or above e - 1 are ignored. A token may choose
             the same expert twice.
-        weight: `(t, k)`, weight of each choice. The sum over choices is computed at least in float32.
+        weight: `(t, k)`, weight of each choice. The sum over choices is computed in at least float32.
         w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need no copy.
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
         activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts, it may also be a
-            function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. The parameters of a
-            module receive gradients.
+            function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. If it is a module, its
+            parameters receive gradients.
         gate_up: layout of gate and up projections in w1: "concatenated" (gate, then up) or "interleaved" (alternating
             columns). None if w1 holds a single projection.
-        b1, b2, b3: biases of `w1`, `w2` and `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)` and `(e, h)`.
-        training: if False, small numbers of tokens without gradients (decoding) may be computed faster, with the same
+        b1, b2, b3: biases for `w1`, `w2` and `w3`, with shapes `(e, h)` (or `(e, 2 h)` with `gate_up`), `(e, o)` and
+            `(e, h)`.
+        training: if False, calls with few tokens and without gradients (decoding) may be computed faster, with the same
             result up to rounding.
 
     Returns:
-        `(t, o)` in the dtype of x.
+        `(t, o)`, with the same dtype as x.
 
     Raises:
-        ValueError: shapes do not match, or an argument is not allowed.
+        ValueError: shapes do not match, or an argument is invalid.
         TypeError: an operand is not a tensor, or x is not floating point.
 
     Example:
@@ -288,7 +291,7 @@ def moe_ffn(
     w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
     _check_moe_ffn_arguments(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
-        raise ValueError("b3 requires w3, whose bias it is; pass w3 too, or b3=None")
+        raise ValueError("b3 is the bias of w3, but w3 is None; pass w3, or omit b3")
     assignments = assign_experts(expert.to(torch.int64), weight, w2.shape[0])
     return routed_ffn(x, assignments, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
 
@@ -308,21 +311,21 @@ def _check_moe_ffn_arguments(
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; embed or cast the tokens first")
     if x.ndim != 2 or w2.ndim != 3:
-        raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
+        raise ValueError(f"x and w2 must have shapes (t, d) and (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape
     if 0 in w2.shape:
-        raise ValueError(f"w2 (e, h, o) must have nonzero sizes, got {tuple(w2.shape)}; pass at least one expert")
+        raise ValueError(f"w2 must have positive dimensions (e, h, o), got {tuple(w2.shape)}; pass at least one expert")
     integers = not expert.is_floating_point() and expert.dtype != torch.bool
     if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or not integers or not expert.shape[1]:
         raise ValueError(
-            f"expert (integers) and weight must have the same shape (t, k) with t={t} and k > 0, got "
+            f"expert must contain integers and have the same shape (t, k) as weight, with t={t} and k > 0, got "
             f"{tuple(expert.shape)} {expert.dtype} and {tuple(weight.shape)}"
         )
     if gate_up is not None and len(w_in) == 2:
-        raise ValueError(f"gate_up={gate_up!r} means that w1 contains gate and up, so w3 must be None")
+        raise ValueError(f"w3 must be None with gate_up={gate_up!r}, because w1 contains both projections")
     if takes_gate_and_up(activation) and gate_up is None and len(w_in) == 1:
         raise ValueError(
-            f"activation {activation} is a function of (gate, up); pass w3, or gate_up and a w1 that contains both"
+            f"activation {activation} takes (gate, up); pass w3, or set gate_up and pass both projections in w1"
         )
     width = h if gate_up is None else 2 * h
     wanted = [("w1", w_in[0], (e, d, width)), ("b1", b_in[0], (e, width)), ("b2", b2, (e, o))]
@@ -331,5 +334,5 @@ def _check_moe_ffn_arguments(
     for name, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must have shape {shape} to match x {(t, d)} and w2 {(e, h, o)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} if x is {(t, d)} and w2 is {(e, h, o)}, got {tuple(tensor.shape)}"
             )

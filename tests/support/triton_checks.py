@@ -344,7 +344,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             with pytest.warns(UserWarning, match="disabled in this process"):
                 wrong = judge()
             assert wrong is not None, (name, fault)
-            described = {"raises": "they raise RuntimeError", "now and then": "between two identical"}
+            described = {"raises": "they raised RuntimeError", "now and then": "between two identical"}
             assert described.get(fault, "differ") in wrong
             patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again

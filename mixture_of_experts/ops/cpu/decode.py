@@ -1,12 +1,13 @@
-"""Computes small numbers of rows in inference on a CPU, as in decoding, with a minimum of operators besides products.
+"""Computes inference calls with few rows on a CPU, as during decoding, with as few operators as possible.
 
 Axes: t (tokens), k (choices), a (assignments), r (rows), e (experts), p and q (inner and outer dimensions of a weight),
 d (model dimension), o (output dimension).
 
-The products of one token take less time than constructing a `Permutation`, so none is used. For up to
-`MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. More tokens are computed expert by expert, with tables
-that are Python lists. Products are parameters, so that this module also supports quantized and adapted weights. It is
-used only in eval mode without gradients, because in training a recomputation must produce the same bits as its forward.
+No `Permutation` is constructed, because this would take longer than the products of one token. For up to
+`MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. With more tokens, rows are computed expert by expert,
+and tables are Python lists. Products are passed as functions, so that this module also supports quantized and adapted
+weights. It is used only in eval mode without gradients, because in training, a recomputation must produce the same bits
+as its forward.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row `(r, p)` by its expert's weight in `(e, p, q)`
+RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row of `(r, p)` by its expert's weight in `(e, p, q)`
 MAX_DECODE_ROWS = 32  # maximum number of rows per call
-MAX_ROW_SUM_TOKENS = 4  # with more tokens, which share experts, a product is faster than row sums
+MAX_ROW_SUM_TOKENS = 4  # above this, tokens share experts, and a product is faster than row sums
 MIN_ROW_SUM_NUMEL = 1 << 16  # for smaller expert weights, a product is faster than row sums
 ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call with plain weights, and return `(t, o)`. The sum over the choices of a token is computed at least
-    in float32.
+    """Compute a call with plain weights, and return `(t, o)`. Each token's sum over choices is computed in at least
+    float32.
 
-    For small numbers of tokens, each row may be computed separately if all choices are kept.
+    If there are few tokens and all choices are kept, each row may be computed separately.
     """
     if not (prefers_row_sums(call.network) and has_few_kept_tokens(call)):
         return compute_expert_by_expert(call)
@@ -43,11 +44,11 @@ def run(call: Call) -> Tensor:
 
 
 def prefers_row_sums(network: Network) -> bool:
-    """Return whether the product of a row is computed as a weighted sum of the weight's rows, which is the case for
+    """Return whether each row's product is computed as a weighted sum of the weight's rows. This is the case for
     half-precision weights.
 
-    This depends only on dtype and shape, so that all machines compute the same bits, and minimizes the worst case over
-    the CPUs that were measured. On five of them, with one thread and weights outside of the caches, a sum takes 0.7x to
+    The choice depends only on dtype and shape, so that all machines compute the same bits, and it minimizes the worst
+    case over the measured CPUs. On five of them, with one thread and weights outside the caches, a sum takes 0.7x to
     1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16 (`python -m experiments.cpu_constants --rows`).
     """
     weights = (*network.w_in, network.w_out)
@@ -59,12 +60,12 @@ def prefers_row_sums(network: Network) -> bool:
 
 
 def has_few_kept_tokens(call: Call) -> bool:
-    """Return whether a call is small enough for rows to be computed separately, and all of its choices are kept."""
+    """Return whether a call is small enough to compute its rows separately, and all of its choices are kept."""
     return 0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS and False not in call.assignments.kept.tolist()
 
 
 def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowProduct) -> Tensor:
-    """Compute a call with a small number of tokens, whose rows are their choices in order, and return `(t, o)`."""
+    """Compute a call with few tokens, and return `(t, o)`. The rows are the tokens' choices, in order."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), k, expert = x.shape, assignments.k, assignments.expert
@@ -77,8 +78,8 @@ def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowPro
 def compute_row_outputs(
     rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
 ) -> Tensor:
-    """Return the outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out
-    of the hidden layer. Biases need the `expert` of each row, `(r,)`."""
+    """Return the outputs `(r, o)` for rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out
+    of the hidden layer. `expert` `(r,)` contains the expert of each row, and is used only for biases."""
     pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
@@ -88,13 +89,13 @@ def compute_row_outputs(
 
 
 class GatherIndices(NamedTuple):
-    """The indices, for each of r rows, of the p rows of its expert's weight, whose weighted sum is the product.
+    """Indices that select the p rows of an expert's weight for each of r rows. Their weighted sum is the product.
 
-    Such a sum reads the weight once from start to end. If there are more threads than rows, the rows of a weight are
+    Such a sum reads the weight once from start to end. If there are more threads than rows, each row of the weight is
     split into parts.
 
     Attributes:
-        indices: `(r parts p,)`, indices of rows among the rows of all weights.
+        indices: `(r parts p,)`, indices into the rows of all experts' weights.
         offsets: `(r parts,)`, start of each sum in `indices`.
     """
 
@@ -104,7 +105,7 @@ class GatherIndices(NamedTuple):
 
     @staticmethod
     def from_experts(expert: Tensor, weight: Tensor) -> GatherIndices:
-        """Return the indices for rows of these experts `(r,)` in a `weight` `(e, p, q)`."""
+        """Return the indices into `weight` `(e, p, q)` for rows whose experts are `expert` `(r,)`."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
@@ -115,7 +116,7 @@ class GatherIndices(NamedTuple):
         return GatherIndices(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply each row of x `(r, p)` by the weight of its expert, accumulating at least in float32."""
+        """Multiply each row of x `(r, p)` by its expert's weight, accumulating in at least float32."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.indices, self.offsets, False, 0, False, scale)[0]
@@ -123,7 +124,7 @@ class GatherIndices(NamedTuple):
 
 
 def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multiply_by_expert) -> Tensor:
-    """Compute a call with rows sorted by expert, and return `(t, o)`. `multiply` has the arguments of
+    """Compute a call with rows sorted by expert, and return `(t, o)`. `multiply` takes the same arguments as
     `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None

@@ -1,5 +1,8 @@
-"""The implementation with Triton kernels for NVIDIA GPUs. It is tested without a GPU and runs a self-check on each card
-at first use. It has not been timed on a card, so it is used only on request; see `DEFAULT_FAMILIES`."""
+"""Implements experts with Triton kernels for NVIDIA GPUs.
+
+The kernels are tested without a GPU, and a self-check runs on each card at first use. They have not been timed on any
+card, so they are used only on request; see `DEFAULT_FAMILIES`.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +28,24 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZE_MULTIPLE = 16  # sizes must be multiples of this: unaligned loads are slow and take more registers
-MAX_WIDTH = 1 << 24  # maximum width for which offsets in a tile of 128 rows fit into int32
+SIZE_MULTIPLE = 16  # dimensions must be multiples of this, because unaligned loads are slow and use more registers
+MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows fit into int32
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why the kernels do not compute a call, or None if they do.
+    """Return why the kernels are not used for a call, or None if they are.
 
-    The reason is that they do not support it, or that they are not requested and another implementation may be as fast.
+    Either they do not support the call, or they were not requested and another implementation may be as fast.
     """
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
         return reason
     if is_in_transform():
-        return "the kernels do not support transforms of torch.func"
+        return "the kernels do not support torch.func transforms"
     if is_exporting():
         return "an exported graph may contain only torch's own operators"
     if call.assignments.k is None:
-        return "the kernels support only token choice; batched products compute the equal slots of expert choice"
+        return "the kernels support only token choice, not expert choice"
     return (
         device_unsupported_reason(x.device)
         or _unsupported_network_reason(x.dtype, network)
@@ -51,8 +54,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Return why the kernels compute a call only on request, or None if no other implementation is known to be as
-    fast."""
+    """Return why the kernels are used only on request, or None if no other implementation is known to be as fast."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels support only NVIDIA GPUs"
@@ -67,20 +69,20 @@ def _not_default_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute a call, and return its output `(t, o)`."""
     from mixture_of_experts.ops.triton import forward_backward  # importing triton takes a second
 
     return forward_backward.run(call)
 
 
 def _is_decoding(call: Call) -> bool:
-    """Return whether a call is a decoding call with low tiles, which use `mma.sync` on all cards."""
+    """Return whether this is a decoding call with low tiles, whose products use `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 
 
 def _experts_check_failure(call: Call) -> str | None:
-    """Return which fault the self-check of the kernels found on this card, or None. Fake tensors are not checked."""
+    """Return the fault that the self-check found on this card, or None. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake_tensor(x)):
@@ -106,7 +108,7 @@ def _experts_check_failure(call: Call) -> str | None:
 
 
 def _has_large_tensor(call: Call) -> bool:
-    """Return whether int32 cannot index a weight or, for a number of rows that is known, a tensor of rows."""
+    """Return whether int32 is too small to index a weight or, if the row count is known, a tensor of rows."""
     weights = (*call.network.w_in, call.network.w_out)
     last = (sum((n - 1) * stride for n, stride in zip(w.shape, w.stride(), strict=True)) for w in weights)
     width = max(size for weight in weights for size in weight.shape[1:])
@@ -122,13 +124,13 @@ def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | N
     if network.dropout:
         return network.unsupported_activation_reason()
     if len({bias is None for bias in network.b_in}) > 1:
-        return "the kernels require biases for all input weights or for none"
+        return "the kernels require that all input weights have biases, or none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
         # upper bound of the distance between the first and the last element
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % SIZE_MULTIPLE for size in sizes):
-            return f"the kernels require sizes that are multiples of {SIZE_MULTIPLE}, got {tuple(sizes)}"
+            return f"the kernels require dimensions that are multiples of {SIZE_MULTIPLE}, got {tuple(sizes)}"
         if max(sizes) > MAX_WIDTH or max(math.prod(sizes), span) >= 1 << 31:
-            return f"the matrix {tuple(sizes)} of an expert is too large, because kernels index it with int32"
+            return f"the kernels use int32 indices, for which an expert weight of shape {tuple(sizes)} is too large"
     return unknown_activation_reason(network.activation)

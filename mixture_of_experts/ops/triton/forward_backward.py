@@ -1,4 +1,5 @@
-"""Computes a routed feed-forward network and its gradient with the kernels, saving only tokens and pre-activations."""
+"""Computes a routed feed-forward network and its gradients with the kernels. Only tokens and pre-activations are
+saved."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`. Rows have no gaps even with a capacity, so that empty slots cost nothing."""
+    """Compute a call, and return its output `(t, o)`. Rows have no gaps even if the capacity is limited, so empty slots
+    cost nothing."""
     return autograd.run_differentiable(
         triton_forward, triton_backward, call.x, permute_by_kernel(call.assignments), call.network
     )
@@ -37,7 +39,7 @@ def make_operands(x: Tensor, permutation: Permutation, network: Network) -> FFNO
 
 
 def triton_forward(x: Tensor, permutation: Permutation, network: Network, save: bool) -> tuple[Tensor, SavedTensors]:
-    """Implement the `forward` of `run_differentiable`."""
+    """Forward function for `run_differentiable`."""
     out, pre = triton_ffn(*make_operands(x, permutation, network).flatten(), save)
     return out, [pre]
 
@@ -45,7 +47,7 @@ def triton_forward(x: Tensor, permutation: Permutation, network: Network, save: 
 def triton_backward(
     x: Tensor, permutation: Permutation, network: Network, saved: SavedTensors, grad: Tensor, wanted: Collection[str]
 ) -> FFNGradients:
-    """Implement the `backward` of `run_differentiable`."""
+    """Backward function for `run_differentiable`."""
     (pre,) = saved
     need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
     need_out = "w_out" in wanted or "b_out" in wanted

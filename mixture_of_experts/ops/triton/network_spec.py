@@ -1,4 +1,5 @@
-"""`NetworkSpec`, what kernels need to know about a network in addition to its tensors. Does not import triton."""
+"""Defines `NetworkSpec`, which describes a network to the kernels, apart from its tensors. This module does not import
+Triton."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from mixture_of_experts.ops.network import Network
 
 
 class NetworkSpec(NamedTuple):
-    """The layout and the activation of a network.
+    """The layout and activation of a network.
 
     Attributes:
-        layout: layout of the input weights: "plain" (one `(e, d, h)`), "gated" (two of them), "concatenated" or
-            "interleaved" (one `(e, d, 2 h)`).
+        layout: layout of the input weights: "plain" (one weight `(e, d, h)`), "gated" (two such weights),
+            "concatenated" or "interleaved" (one weight `(e, d, 2 h)`).
         activation: name of the activation in `kernels/pointwise.py`.
         alpha, limit: arguments of clamped SwiGLU.
     """
@@ -32,8 +33,8 @@ class NetworkSpec(NamedTuple):
         return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
 
     def split_parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return input weights, input biases or pre-activations in the form that kernels read. Concatenated columns of
-        gate and up are split into two tensors, while interleaved columns stay in one."""
+        """Return input weights, input biases or pre-activations in the form that kernels expect. Concatenated gate and
+        up columns are split into two tensors. Interleaved columns remain in one tensor."""
         if self.layout == "concatenated":
             return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
         return list(tensors)

@@ -1,11 +1,12 @@
-"""Two torch operators that launch the kernels for the routed feed-forward network and its gradients.
+"""Two torch operators that launch the kernels for a routed feed-forward network and its gradients.
 
-Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
-o output dim, p input weights per expert (1, or 2 for gated experts).
+Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, without gaps), e (experts), d (model
+dimension), h (hidden dimension), o (output dimension), p (input weights per expert, 2 for gated experts with separate
+weights, otherwise 1).
 
-As operators, they appear to `torch.compile` as single calls with known shapes instead of separate launches. The
-positions and the number of tiles are internal, so that one graph supports any number of tokens. The height of tiles is
-a constant of the compiled program and depends on the mean number of rows.
+To `torch.compile`, each operator is a single call with known shapes instead of several launches. Tile positions and the
+number of tiles are internal, so one graph supports any number of tokens. The tile height is a constant of the compiled
+program, and depends on the mean number of rows per expert.
 """
 
 from __future__ import annotations
@@ -32,22 +33,24 @@ from mixture_of_experts.ops.triton.schedule import (
 from mixture_of_experts.support.private_torch import is_fake_tensor
 
 NO_ACTIVATION = NetworkSpec("plain", "identity")
-MAX_KERNEL_ROWS = (1 << 31) - 256  # int32 indices extend up to two blocks of 128 rows past the last row
+MAX_KERNEL_ROWS = (1 << 31) - 256  # indices may exceed the last row by two blocks of 128 rows, and must fit into int32
 
 
 class FFNOperands(NamedTuple):
-    """The operands of both operators, whose torch schema is `OPERANDS_SCHEMA`.
+    """The operands of both operators. Their torch schema is `OPERANDS_SCHEMA`.
 
     Attributes:
         x: `(t, d)`.
         weight: `(a,)` float32, weight of each assignment.
         token, assignment: `(r,)` int32, token and assignment of each row.
-        row: `(a,)` int32, row of each assignment, or r for assignments without a row.
-        counts: `(e,)` int64, number of rows of each expert.
-        num_choices: k, number of assignments per token.
-        w_in, w_out: `(e, d, h)`, or as described by `spec.layout`, and `(e, h, o)`, with any strides, in x's dtype.
-        b_in, b_out: `(e, h)` for each weight of w_in, or none; one `(e, o)`, or none.
-        spec: layout and activation.
+        row: `(a,)` int32, row of each assignment, or r if it has none.
+        counts: `(e,)` int64, row count of each expert.
+        num_choices: k, number of choices per token.
+        w_in: weights `(e, d, h)`, or as described by `spec.layout`, with any strides and the same dtype as x.
+        w_out: weight `(e, h, o)`, with any strides and the same dtype as x.
+        b_in: one bias `(e, h)` for each weight in w_in, or an empty sequence.
+        b_out: one bias `(e, o)`, or an empty sequence.
+        spec: the network's layout and activation.
     """
 
     x: Tensor
@@ -64,18 +67,18 @@ class FFNOperands(NamedTuple):
     spec: NetworkSpec
 
     def flatten(self) -> list[Any]:
-        """Return the flat arguments of an operator, because operators do not accept tuples."""
+        """Flatten the operands into arguments of an operator, because operators do not accept tuples."""
         return [*self[:-1], *self.spec]
 
     def list_differentiable(self) -> list[Tensor]:
-        """Return the tensors that have gradients."""
+        """Return the tensors for which gradients can be computed."""
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:
-        """Return the operands aligned as in the self-check, because other alignments use programs that it does not
-        check."""
+        """Return the operands with the alignment used in the self-check. Other alignments would run programs that it
+        does not check."""
         w_in = [make_dense(weight) for weight in self.w_in]
-        if len({weight.stride() for weight in w_in}) > 1:  # kernels use the same strides for both
+        if len({weight.stride() for weight in w_in}) > 1:  # kernels require the same strides for both
             w_in = [weight.contiguous() for weight in w_in]
         b_in, b_out = ([align_tensor(bias) for bias in biases] for biases in (self.b_in, self.b_out))
         tables, weights = map(align_tensor, self[:6]), (w_in, make_dense(self.w_out), b_in, b_out)
@@ -83,14 +86,14 @@ class FFNOperands(NamedTuple):
 
 
 def make_dense(weight: Tensor) -> Tensor:
-    """Return the weight, copied if neither its rows nor its columns are contiguous, so that loads are aligned."""
+    """Return the weight, or an aligned copy if neither its rows nor its columns are contiguous and aligned."""
     inner, outer = sorted(weight.stride()[1:])
     regular = inner == 1 and outer % 16 == weight.stride(0) % 16 == 0
     return align_tensor(weight, contiguous=not regular)
 
 
 def align_tensor(tensor: Tensor, contiguous: bool = True) -> Tensor:
-    """Return the tensor, copied if it does not start at a multiple of 16 bytes, and made contiguous if requested."""
+    """Return the tensor, made contiguous if requested, and copied if it does not start at a multiple of 16 bytes."""
     tensor = tensor.contiguous() if contiguous else tensor
     return tensor if is_fake_tensor(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -102,7 +105,8 @@ OPERANDS_SCHEMA = (
 
 
 def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOperands, Sequence[Any]]:
-    """Split the arguments of an operator into operands and the rest, and check that all tensors are on one device."""
+    """Split an operator's arguments into the operands and the rest, and check that all tensors are on the same
+    device."""
     form = FFNOperands._fields.index("spec")
     end = form + len(NetworkSpec._fields)
     given = FFNOperands._make([*arguments[:form], NetworkSpec(*arguments[form:end])])
@@ -111,7 +115,7 @@ def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOpera
 
 
 class TileTable(NamedTuple):
-    """The tiles of rows, each of which has up to `height` rows; see `find_tiles_kernel`."""
+    """The table of tiles, each of which has up to `height` rows. See `find_tiles_kernel`."""
 
     table: Tensor
     expert_ends: Tensor
@@ -124,9 +128,10 @@ class TileTable(NamedTuple):
     schema=f"({OPERANDS_SCHEMA}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
-    """Return the outputs of tokens `(t, o)`, and the products with the weights of w_in `(p, r, q)`.
+    """Return the token outputs `(t, o)`, and the products with the input weights `(p, r, q)`, where q is their number
+    of columns.
 
-    Without `keep`, the products have no rows.
+    If `keep` is False, the products have no rows.
     """
     given, (keep,) = split_arguments(arguments)
     out, pre = allocate_outputs(given, keep)
@@ -155,13 +160,13 @@ def _(*arguments):
     schema=f"(Tensor grad, Tensor pre, {OPERANDS_SCHEMA}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
-    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. Gradients that are not needed have no elements,
-    except that of weight, which is always computed.
+    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. The gradient of weight is always computed. Other
+    gradients that are not needed are empty.
 
     Args:
-        grad: `(t, o)` gradient of the outputs of tokens.
-        pre: the products that `triton_ffn` returned.
-        arguments: the operands of `triton_ffn`, and which gradients are needed.
+        grad: `(t, o)`, gradient of the token outputs.
+        pre: the products returned by `triton_ffn`.
+        arguments: the operands of `triton_ffn`, followed by `need_x`, `need_in` and `need_out`.
     """
     given, (need_x, need_in, need_out) = split_arguments(arguments, grad, pre)
     grads = allocate_grads(given, need_x, need_in, need_out)
@@ -177,7 +182,7 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         launch_weight_grads(schedule.weight_grads, tiles, token, hidden, [grad], [grads.w_out], of_inputs=False)
         for bias in grads.b_out:
             launch_bias_grads(tiles, grad, bias, given)
-    del hidden  # its memory is reused for the rows of x
+    del hidden  # frees its memory for `grad_rows`
     if need_in:
         launch_weight_grads(schedule.weight_grads, tiles, token, given.x, list(grad_pre), grads.w_in, of_inputs=True)
         for part, bias in zip(grad_pre, grads.b_in, strict=False):
@@ -202,16 +207,16 @@ def _(ctx, *grads):
 
 
 def allocate_outputs(operands: FFNOperands, keep: bool) -> tuple[Tensor, Tensor]:
-    """Allocate memory for the outputs of tokens and for the products with the input weights."""
+    """Allocate memory for the token outputs and for the products with the input weights."""
     rows = operands.token.shape[0] if keep else 0
     pre = operands.x.new_empty(len(operands.w_in), rows, operands.w_in[0].shape[-1])
     return operands.x.new_empty(operands.x.shape[0], operands.w_out.shape[-1]), pre
 
 
 def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out: bool) -> FFNOperands:
-    """Return the operands with differentiable tensors replaced by memory for their gradients.
+    """Return the operands, with each differentiable tensor replaced by memory for its gradient.
 
-    Gradients that are not needed have no elements. Gradients of two input weights have equal strides, as the kernels
+    Gradients that are not needed are empty. The gradients of two input weights have the same strides, as the kernels
     require.
     """
 
@@ -229,8 +234,8 @@ def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out:
 
 
 def check_same_device(first: Tensor, *others: Tensor | None) -> None:
-    """Check that all tensors are on one device, because kernels would read invalid addresses, and fake tensors are not
-    checked otherwise."""
+    """Check that all tensors are on the same device. Otherwise, kernels would read invalid addresses, and fake tensors
+    would not be checked at all."""
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
@@ -239,12 +244,12 @@ def check_same_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
-    """Return the entry of the schedule for these operands on this card."""
+    """Return the schedule entry for these operands on this card."""
     return find_schedule(find_entries(x.device, x.dtype), mean_rows)
 
 
 def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
-    """Return the block sizes and the tiles of a call."""
+    """Return the block sizes and tiles of a call."""
     rows = operands.token.shape[0]
     check_row_count(operands.row.shape[0])
     schedule = get_schedule(operands.x, rows // operands.w_out.shape[0])
@@ -252,7 +257,7 @@ def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
 
 
 def check_row_count(number: int) -> None:
-    """Raise an error if there are more rows than kernels can index with int32, including partially filled blocks."""
+    """Raise an error if there are too many rows for int32 indices, including those of partially filled blocks."""
     if number > MAX_KERNEL_ROWS:
         raise ValueError(
             f"the kernels support at most {MAX_KERNEL_ROWS} rows, got {number}; pass fewer tokens per call"
@@ -260,8 +265,8 @@ def check_row_count(number: int) -> None:
 
 
 def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
-    """Return the tiles in a table of the maximum possible size, because each expert may have a partially filled
-    tile."""
+    """Launch the kernel that writes the table of tiles. The table has the maximum possible size, because each expert
+    may have a partially filled tile."""
     check_row_count(rows)
     experts = counts.shape[0]
     number = count_max_tiles(rows, experts, height)
@@ -282,7 +287,7 @@ def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
 
 
 def count_max_tiles(rows: int, experts: int, height: int) -> int:
-    """Return the maximum number of tiles, where each expert with rows may have one partially filled tile."""
+    """Return the maximum number of tiles. Each expert with rows may have one partially filled tile."""
     experts = min(rows, experts)
     return experts + (rows - experts) // height
 
@@ -330,8 +335,8 @@ def launch_hidden_grads(
     hidden: Tensor | None,
     grad_pre: Tensor,
 ) -> Tensor:
-    """Write the gradients of the pre-activations, and return `(r, blocks)`, partial sums of the gradients of the
-    weights of rows."""
+    """Write the gradients of the pre-activations, and return partial sums `(r, blocks)` of the row weights'
+    gradients."""
     hidden_dim = operands.w_out.shape[1]
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
@@ -363,7 +368,7 @@ def launch_hidden_grads(
 def launch_row_grads(
     blocks: BlockSizes, tiles: TileTable, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor
 ) -> None:
-    """Launch the kernel for the gradients of the rows of tokens."""
+    """Launch the kernel that computes the gradients of token rows."""
     launch_product(
         kernels.row_grads,
         tiles,
@@ -390,9 +395,10 @@ def launch_product(
     width: int,
     **arguments: Any,
 ) -> None:
-    """Launch a kernel that multiplies rows by weights with the axes e, c (which is summed over) and n.
+    """Launch a kernel that multiplies rows by a weight. `axes` is the order of the weight's axes e, c (summed over) and
+    n.
 
-    Each program writes `width` of the `columns` of the result.
+    Each program writes `width` of the result's `columns`.
     """
     length = weight.shape[axes.index("c")]
     launch_kernel(
@@ -424,7 +430,7 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """Write `x^T y` for each expert. The gathered operand is x for input weights and y for output weights."""
+    """Write `x^T y` for each expert. x is gathered for input weights, and y for output weights."""
     experts, lines, columns = grads[0].shape
     launch_kernel(
         kernels.weight_grads,
@@ -449,7 +455,8 @@ def launch_weight_grads(
 
 
 def launch_bias_grads(tiles: TileTable, y: Tensor, out: Tensor, operands: FFNOperands | None = None) -> None:
-    """Launch the kernel that sums each expert's rows of y, or with `operands` the weighted rows gathered from y."""
+    """Launch the kernel that sums each expert's rows of y. If `operands` is given, rows are first gathered from y and
+    weighted."""
     (experts, columns), block = out.shape, 64
     token, weight, assignment = (
         (None,) * 3 if operands is None else (operands.token, operands.weight, operands.assignment)
@@ -480,8 +487,8 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the kernel that sums each token's rows, weighted in the forward, and with gradients of the weights in the
-    backward."""
+    """Launch the kernel that sums each token's rows. In the forward, rows are weighted. In the backward, the gradients
+    of these weights are also computed."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch_kernel(
@@ -503,12 +510,12 @@ def launch_sum_rows(
 
 
 def make_pair_arguments(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
-    """Return up to two tensors as the arguments `name` and `name_up`."""
+    """Return up to two tensors as keyword arguments `name` and `name_up`."""
     first, second, *_ = *tensors, None, None
     return {name: first, f"{name}_up": second}
 
 
 def make_stride_arguments(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
-    """Return the strides that all tensors share as the arguments `name_axis`, or zeros without tensors."""
+    """Return the tensors' common strides as keyword arguments `name_axis`, or zeros if there are no tensors."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}

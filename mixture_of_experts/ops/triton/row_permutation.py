@@ -1,6 +1,6 @@
-"""Computes the permutation of a call with token choice in a single kernel.
+"""Computes the permutation for token choice in a single kernel.
 
-Axes: a assignments per call (t tokens, k choices), e experts, b groups.
+Axes: a (assignments per call), t (tokens), k (choices), r (rows), e (experts), b (groups).
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ ROW_TABLE_BLOCK = 128  # assignments per program
 
 
 class RowTables(NamedTuple):
-    """The outputs of the kernels, with the same names: `row` `(a,)`, `assignment` and `token` of each row, all int32,
-    and the number of rows of each expert `(e,)`, as in a `Permutation`."""
+    """The outputs of the kernels, under the same names.
+
+    Attributes:
+        row: `(a,)` int32, row of each assignment.
+        assignment, token: `(r,)` int32, assignment and token of each row.
+        counts: `(e,)` int64, row count of each expert.
+    """
 
     row: Tensor
     assignment: Tensor
@@ -35,9 +40,9 @@ class RowTables(NamedTuple):
 def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
     """Return the permutation to rows without gaps. It differs from `permute_without_gaps(assignments)` in two ways.
 
-    Assignments of weight 0 that occupy a slot have a row with a token, although this row is never read, and there are
-    at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by counting the preceding
-    ones.
+    First, assignments with weight 0 that occupy a slot have a row with a token, although this row is never read.
+    Second, there are at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by
+    comparing all pairs.
     """
     k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
@@ -53,12 +58,15 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
 def queued_choices(
     assignments: Assignments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """Return the data of all choices, for two levels those of level two: experts, positions, which choices queue and
-    which are kept, all `(a,)`; the number of rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`;
-    and the numbers of tokens per group, choices per token and experts per router."""
+    """Return the kernel's inputs. With two levels, the choices are those of level two.
+
+    The inputs are the expert and position of each choice, whether it is queued, and whether it is kept, all `(a,)`;
+    each queue's row count `(e b,)`; `Assignments.slot_of_outer_choice`; and the numbers of tokens per group, choices
+    per token and experts per router.
+    """
     routing, k = assignments.routing, assignments.k
     assert k is not None
-    if routing is None:  # all tokens are one group
+    if routing is None:  # all tokens form one group
         queue, position, length = assignments.locate()
         sizes = (assignments.num_tokens, k, math.prod(assignments.expert_dims))
         return queue, position, assignments.kept, assignments.kept, length, None, *sizes
@@ -70,9 +78,9 @@ def queued_choices(
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the `RowTables` of a small number of assignments, given `expert` `(a,)` int64 and `kept` `(a,)` bool.
+    """Return the `RowTables` for a small number of assignments, given `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
-    The time grows with the square of a. Only kept assignments have a row.
+    The run time is quadratic in a. Only kept assignments have rows.
     """
     number = expert.shape[0]
     tables = allocate_tables(number, number, num_experts, expert, kept)
@@ -113,14 +121,15 @@ def triton_plan(
     """Return the `RowTables` for an arbitrary number of assignments.
 
     Args:
-        expert, ..., experts_of_router: the results of `queued_choices`.
-        num_experts, k, num_rows: e, the number of choices per token, and r, which is at least the sum of `length` and
-            at most a.
+        expert, ..., experts_of_router: outputs of `queued_choices`.
+        num_experts: e.
+        k: number of choices per token.
+        num_rows: r, at least the sum of `length` and at most a.
     """
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)
     tables = allocate_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
-    if slot is not None:  # custom gates may choose experts for slots without a token, whose rows are unused
+    if slot is not None:  # custom gates may choose experts for slots without a token; their rows are unused
         tables.assignment.fill_(number)
         tables.token.fill_(number // k)
     if number == 0:
@@ -155,13 +164,12 @@ def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_
 
 
 def count_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
-    """Return the number of assignments a, which is the number of choices of the gate, or for two levels
-    `choices_of_gate` times the number of choices of level one."""
+    """Return the number of assignments a. With two levels, each level-one choice has `choices_of_gate` assignments."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 
 def allocate_tables(number: int, num_rows: int, num_experts: int, expert: Tensor, *others: Tensor | None) -> RowTables:
-    """Allocate memory for the tables on the device of all tensors."""
+    """Allocate the tables on the device of the other tensors."""
     operators.check_same_device(expert, *others)
     row, assignment, token = (expert.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows))
     return RowTables(row, assignment, token, expert.new_empty(num_experts))

@@ -1,8 +1,8 @@
-"""Block sizes, warps and stages of all kernels, in a table for each class of cards, by the height of tiles.
+"""Block sizes, warps and stages of all kernels. Each family of cards has a table with one entry per tile height.
 
-`tests/support/triton_machine_code.py` compiles all entries ahead of time for the cards of their class. It checks that
-shared memory is sufficient, no registers spill, operands are copied asynchronously in all stages, and products use
-tensor cores (which do not exist for IEEE float32). No entry has been timed on a GPU.
+`tests/support/triton_machine_code.py` compiles all entries ahead of time for their cards. It checks that shared memory
+is sufficient, no registers spill, all stages copy operands asynchronously, and products use tensor cores (which do not
+support IEEE float32). No entry has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
-MAX_LOW_MEAN_ROWS = 16  # maximum mean number of rows per expert for tiles of 16 or 32 rows
-TILES_PER_PROGRAM = 32  # tiles that a program writes to the table of tiles
-MAX_COMPARED_ASSIGNMENTS = 2048  # maximum number of assignments that a kernel compares with each other
+MAX_LOW_MEAN_ROWS = 16  # maximum mean row count per expert for tiles of 16 or 32 rows
+TILES_PER_PROGRAM = 32  # number of tiles that each program writes to the table
+MAX_COMPARED_ASSIGNMENTS = 2048  # maximum number of assignments that a kernel compares pairwise
 
 
 class BlockSizes(NamedTuple):
-    """Block sizes of a product of rows and weights: `n` columns of the weight, summed over `c` inputs at a time."""
+    """Block sizes for a product of rows and weights: `n` weight columns, summed over `c` inputs at a time."""
 
     n: int
     c: int
@@ -31,7 +31,7 @@ class BlockSizes(NamedTuple):
 
 
 class WeightBlockSizes(NamedTuple):
-    """Block sizes `(m, n)` of the gradient of a weight, summed over `c` rows at a time."""
+    """Block sizes `(m, n)` for a weight's gradient, which is summed over `c` rows at a time."""
 
     m: int
     n: int
@@ -41,10 +41,10 @@ class WeightBlockSizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Sizes for a call: the number of `rows` per tile, and the blocks of each kernel.
+    """The number of `rows` per tile, and the block sizes of each kernel.
 
-    `cost` is the estimated time per row of a full tile, relative to the highest tiles. For gated experts with two
-    weights, each of them provides half of the `n` columns.
+    `cost` is the estimated time per row of a full tile, relative to the highest tiles. If gated experts have two
+    weights, each weight provides half of the `n` columns.
     """
 
     rows: int
@@ -59,7 +59,7 @@ class Schedule(NamedTuple):
 def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
-    """Return an entry for bfloat16 or float16. `down` and `row_grads` are the numbers of columns for these kernels."""
+    """Return an entry for bfloat16 or float16. `down` and `row_grads` are the column counts of these kernels."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
@@ -75,7 +75,7 @@ def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule
 
 
 def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """Return an entry for float32. Its row_grads are narrow, because two sums of 64 columns spill registers on
+    """Return an entry for float32. Blocks of `row_grads` are narrow, because two sums of 64 columns spill registers on
     sm_100."""
     blocks = BlockSizes(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
@@ -88,16 +88,16 @@ _LOW_MMA = (*_lower, _highest._replace(up=BlockSizes(128, 64, 8, 3)))
 _LOW_GROUPS = _make_low_entries(_GROUPS, 4.2, 2.3, 1.35)
 _SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 
-#: entries for bfloat16 and float16, by the compute capability that represents a family of cards
+#: entries for bfloat16 and float16, by family of cards
 HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (8, 0): (*_LOW_MMA, _make_half_entry(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
-    # 227 KB, products by groups of warps
+    # 227 KB; products use warp groups
     (9, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
     (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
-#: entries for float32, the same for all cards
+#: entries for float32, which all cards share
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),
@@ -105,7 +105,7 @@ FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         _make_float32_entry(64, 1.2, 32, 4),
         _make_float32_entry(128, 1.0, 32, 8),
     ),
-    # gradients of the hidden layer spill registers with 4 warps on sm_90
+    # `hidden_grads` spills registers with 4 warps on sm_90
     "ieee": (
         _make_float32_entry(16, 2.0, 16, 4)._replace(hidden_grads=BlockSizes(64, 16, 8, 3)),
         _make_float32_entry(64, 1.0, 16, 8),
@@ -117,7 +117,7 @@ def _make_uniform_entry(rows: int, cost: float, blocks: BlockSizes, weights: Wei
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-#: entries for Triton's interpreter, small enough that a call of a second has several tiles and blocks
+#: entries for Triton's interpreter, with blocks so small that a one-second call has several tiles and blocks
 INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
     _make_uniform_entry(16, 1.5, BlockSizes(32, 16, 1, 1), WeightBlockSizes(16, 32, 16, 1, 1)),
     _make_uniform_entry(32, 1.0, BlockSizes(64, 16, 1, 1), WeightBlockSizes(32, 32, 32, 1, 1)),
@@ -125,13 +125,13 @@ INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
 
 
 def get_input_precision(dtype: torch.dtype) -> str:
-    """Return the precision of float32 products, "tf32" or "ieee", according to torch's own setting."""
+    """Return "tf32" or "ieee", the precision that torch is set to use for float32 products."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """Return the entries for operands with this dtype on a card, or those of the interpreter on a CPU."""
+    """Return the entries for a card and dtype, or the interpreter's entries for a CPU."""
     if device.type == "cpu":
         return INTERPRETER_SCHEDULES
     family = find_card_family(get_device_capability(device))
@@ -140,14 +140,14 @@ def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ..
 
 
 def uses_comparison(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
-    """Return whether the permutation is computed without queues, by comparing at most `max_compared` assignments with
-    each other."""
+    """Return whether the permutation is computed without queues, by comparing up to `max_compared` assignments
+    pairwise."""
     number = assignments.weight.shape[0]
     return statically_known_true(number <= max_compared) and statically_known_true(number == assignments.max_rows)
 
 
 def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """Return the number of rows in the permutation of a call, from which both the self-check and the launch select an
+    """Return the number of rows in a call's permutation. The self-check and the launch use it to select a schedule
     entry."""
     if assignments.routing is None or uses_comparison(assignments, max_compared):
         return assignments.max_rows
@@ -155,11 +155,11 @@ def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPAR
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """Return the entry with the smallest estimated time for experts with `mean_rows` rows on average."""
+    """Return the entry with the lowest estimated time for a mean of `mean_rows` rows per expert."""
     return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 
 def estimate_computed_rows(mean_rows: int, height: int) -> float:
-    """Return the estimated number of rows computed per expert: whole tiles, the last of which is half empty on
+    """Estimate the number of rows computed per expert. Only whole tiles are computed, and the last one is half empty on
     average."""
     return max(height, mean_rows + height / 2)

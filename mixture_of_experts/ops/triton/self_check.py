@@ -1,15 +1,15 @@
-"""Checks the results of the kernels on this card before their first use.
+"""Checks the kernels' results on this card before their first use.
 
-Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
+Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 
-A `CallKind` describes what the compiled programs depend on. For each kind and each entry of the schedule, the kernels
-compute outputs and all gradients of generated tokens three times. All rows are compared with those of the batched
-implementation in float32, and all repetitions must be bitwise identical. The sums are long enough that each buffer of a
-pipeline is used several times, and several programs write the table of tiles. If anything differs or raises, the Triton
-implementation is disabled for the process, with a warning.
+A `CallKind` contains everything that determines the compiled programs. For each kind and each schedule entry, the
+kernels compute the outputs and all gradients for generated tokens three times. All rows are compared with those of the
+batched implementation in float32, and repeated results must be bitwise identical. The sums are long enough to use each
+pipeline buffer several times, and several programs write the table of tiles. If any results differ or an error is
+raised, the Triton implementation is disabled for the process, with a warning.
 
-Before the first call with a tensor of more than 2^31 elements, the kernels also compute the same tokens and experts
-within a call whose weights and rows have as many. Its other tokens and weights are zeros, and have no gradients.
+Before the first call with a tensor of more than 2^31 elements, the kernels also compute the same tokens and experts as
+part of a call whose weights and rows are that large. Its other tokens and weights are zero, and have no gradients.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mixture_of_experts.ops.triton.schedule import TILES_PER_PROGRAM, Schedule, 
 from mixture_of_experts.support.private_torch import assume_constant_result
 
 INT32_ELEMENTS = 1 << 31  # number of elements that int32 can index
-MIN_ROWS, MIN_DIM = 512, 704  # minimum sizes of the generated call; the `sizes` of a kind are added to MIN_DIM
-BUSIEST_EXPERT_SHARE = 0.6  # share of rows of the first expert, so that sums over its rows are long
-NUM_REPEATS = 3  # number of times that the kernels compute the call
-#: maximum difference between a row of the kernels and of the batched implementation in float32, relative to its norm
+MIN_ROWS, MIN_DIM = 512, 704  # minimum size of the generated call; `CallKind.sizes` is added to MIN_DIM
+BUSIEST_EXPERT_SHARE = 0.6  # the first expert's share of rows, which makes sums over its rows long
+NUM_REPEATS = 3  # number of times the kernels compute the call
+#: maximum relative error of a row, compared with the batched implementation in float32
 MAX_ROW_ERRORS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 
-#: all activations of the kernels without arguments
+#: all supported activations that take no arguments
 KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, "tanh"),
@@ -50,18 +50,18 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class CallKind(NamedTuple):
-    """The properties of a call that the compiled programs depend on.
+    """The properties of a call that determine which programs are compiled.
 
     Attributes:
         device: the GPU.
         dtype: dtype of x and weights.
         spec: layout and activation of the network.
-        biases: whether there are input biases and output biases.
-        transposed: whether input weights and output weights are stored transposed.
+        biases: whether there are input biases, and whether there are output biases.
+        transposed: whether the input weights are stored transposed, and whether the output weights are.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
         decoding: whether only the forward is launched.
-        far: whether a tensor has more elements than int32 can index.
+        far: whether any tensor has more elements than int32 can index.
     """
 
     device: torch.device
@@ -75,17 +75,17 @@ class CallKind(NamedTuple):
     far: bool = False
 
 
-EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # for each kind and entry of the schedule
+EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # runs for each kind and schedule entry
 
 
-@assume_constant_result  # this function runs during tracing instead of being traced
+@assume_constant_result  # runs during tracing, and is not traced
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
-    """Check the kernels for a kind of calls with `mean_rows` rows per expert on average (None for any number).
+    """Check the kernels for one kind of call, with a mean of `mean_rows` rows per expert (None for any number).
 
-    The kind is passed as plain tuples, because a graph supports no others. Return which fault the check found, or None.
+    The kind is passed as plain tuples, because graphs support no other tuples. Return the fault found, or None.
     """
     if not torch.cuda.is_available():
-        return None  # the tensors of the call are fake
+        return None  # the call's tensors are fake
     kind = CallKind(*kind_of_call)
     entries = find_entries(kind.device, kind.dtype)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
@@ -95,7 +95,7 @@ def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
 
 
 def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
-    """Check the kernels with the `wanted` entries of the schedule, and return which fault was found, or None."""
+    """Check the kernels with the `wanted` schedule entries, and return the fault found, or None."""
     for entry in wanted:
         precision = torch.backends.cuda.matmul.fp32_precision
         find = partial(find_fault, kind, entries, entry, precision)
@@ -105,22 +105,22 @@ def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[S
 
 
 def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, precision: Any) -> str | None:
-    """Return which fault the kernels have for one entry of the schedule and torch's precision of float32 products, or
-    None."""
+    """Return the kernels' fault, or None, for one schedule entry and torch's setting for the precision of float32
+    products."""
     torch.backends.cuda.matmul.fp32_precision = precision
     call = make_call(kind, *find_call_size(entries, entry))
-    said = f"for {kind.spec.layout} experts with {kind.spec.activation} in {kind.dtype} and tiles of {entry.rows} rows,"
+    said = f"for {kind.spec.layout} experts with {kind.spec.activation}, {kind.dtype} and tiles of {entry.rows} rows,"
     compute = partial(compute_by_kernels, call, kind)
     if kind.far:
         compute = partial(compute_far_by_kernels, kind, *make_far_call(call))
     found = compute()
     if not are_permutations_equal(call.assignments):
-        return f"{said} the permutations of few and of many assignments differ"
+        return f"{said} the kernels for few and for many assignments compute different permutations"
     wanted = compute_by_operators(call)
     for name, got in found.items():
         error = compute_max_row_error(got, wanted[name.partition(", ")[0]])
         if not error < MAX_ROW_ERRORS[kind.dtype]:
-            return f"{said} a row of {name} differs from the batched implementation by {error:.1e} of its norm"
+            return f"{said} a row of {name} differs from the batched implementation by {error:.1e} times its norm"
     del wanted
     for _ in range(NUM_REPEATS - 1):
         for name, again in compute().items():
@@ -130,16 +130,22 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, p
 
 
 def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
-    """Return the smallest numbers of rows and experts (at least three) for which an entry of the schedule is used, and
-    several programs write the table of tiles, although not all rows are used."""
+    """Return the smallest numbers of rows and experts for which a schedule entry is used.
+
+    There are at least three experts, and enough rows for several programs to write the table of tiles, although some
+    rows are unused.
+    """
     min_rows = max(MIN_ROWS, TILES_PER_PROGRAM * entry.rows * 5 // 4)
     sizes = ((rows, e) for rows in (min_rows, 2 * min_rows) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
-    """Return the maximum error of a row of `(..., p, q)`, relative to the larger of its norm and the mean norm of the
-    matrix's rows. Relative to the norm of the whole tensor, isolated wrong values would go unnoticed."""
+    """Return the maximum relative error of the rows of `(..., p, q)`.
+
+    The error is relative to the larger of the row's norm and the mean norm of the matrix's rows. If it were relative to
+    the norm of the whole tensor, isolated errors would go unnoticed.
+    """
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
     norms = want.norm(dim=-1)
     mean = norms.square().mean(dim=-1, keepdim=True).sqrt()
@@ -148,11 +154,11 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """Return a random call whose values have unit scale. The first expert has most of the rows, some choices have no
-    expert, and the second expert has no tokens.
+    """Return a random call. The first expert has most of the rows, the second has none, and some choices have no
+    expert.
 
-    Tokens, input weights and their biases are small integers times a power of two, so that pre-activations are exact in
-    all dtypes and orders of summation, and rounding does not move them across a kink of the activation.
+    Tokens, input weights and input biases are small integers times a power of two. Therefore, pre-activations are exact
+    in every dtype and summation order, and rounding cannot move them across a kink of the activation.
     """
     options: Any = dict(generator=torch.Generator(kind.device).manual_seed(0), device=kind.device)
 
@@ -188,8 +194,8 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_permutations_equal(assignments: Assignments) -> bool:
-    """Return whether the kernel for many assignments computes the same permutation as the kernel for few assignments,
-    which the checked call uses."""
+    """Return whether the kernels for few and for many assignments compute the same permutation. The checked call itself
+    uses only the kernel for few assignments."""
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
@@ -197,15 +203,18 @@ def are_permutations_equal(assignments: Assignments) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a random gradient of the output with values that are exact in `dtype`."""
+    """Return a random gradient of the output, whose elements are exact in `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
 
 def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the outputs of the kernels in inference and, unless the kind is decoding, in training, with all gradients
-    and with only those of the weights of choices. Each of these cases uses different programs. The gradient of the
-    output is random unless it is given."""
+    """Return the kernels' outputs in inference and, unless the kind is for decoding, their outputs and gradients in
+    training.
+
+    All gradients are computed, and those of the choices' weights are also computed alone. Each of these cases uses
+    different programs. The gradient of the output is random unless `grad` is given.
+    """
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
@@ -221,16 +230,19 @@ def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -
 
 
 def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return zeros `(size, ...)` with the values `(n, ...)` at an index `(n,)`, in the layout of the values."""
+    """Return a tensor `(size, ...)` with `values` `(n, ...)` at `index` `(n,)` and zeros elsewhere, in the layout of
+    `values`."""
     if values.ndim == 3 and values.stride(-1) != 1:
         return place_among_zeros(values.mT, index, size).mT
     return values.new_zeros(size, *values.shape[1:]).index_copy_(0, index, values)
 
 
 def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
-    """Return a call that contains the tokens and experts of `call`, and the indices of these tokens and experts in it,
-    which include the first and the last ones. There are so many others that all weights and, with many rows per expert,
-    all tensors of rows have more than `INT32_ELEMENTS` elements."""
+    """Return a larger call that contains the tokens and experts of `call`, and the indices of these tokens and experts.
+
+    The indices include the larger call's first and last tokens and experts. All of its weights and, with many rows per
+    expert, all of its tensors of rows have more than `INT32_ELEMENTS` elements.
+    """
     given, device, (t, d), (e, h, o) = call.assignments, call.x.device, call.x.shape, call.network.w_out.shape
     number, k = given.weight.shape[0], given.weight.shape[0] // t
     experts = e + INT32_ELEMENTS // (h * min(d, o))
@@ -247,8 +259,8 @@ def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
 
 
 def compute_far_by_kernels(kind: CallKind, far: Call, token: Tensor, expert: Tensor) -> dict[str, Tensor]:
-    """Return the same as `compute_by_kernels(call, kind)`, given `make_far_call(call)`. The other tokens have no
-    gradient."""
+    """Return the same results as `compute_by_kernels(call, kind)`, computed by the larger call that
+    `make_far_call(call)` returned. Its other tokens have no gradient."""
     grad = draw_output_gradient(far.x.new_empty(len(token), far.network.w_out.shape[-1]), far.x.dtype)
     found = compute_by_kernels(far, kind, place_among_zeros(grad, token, len(far.x)))
 
@@ -261,7 +273,7 @@ def compute_far_by_kernels(kind: CallKind, far: Call, token: Tensor, expert: Ten
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
-    """Return the same results, computed by the batched implementation in float32."""
+    """Compute the same results as `compute_by_kernels` with the batched implementation in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
