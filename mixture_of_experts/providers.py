@@ -1,4 +1,4 @@
-"""Defines providers, which describe the modules of other libraries.
+"""Defines providers, which describe modules from other libraries.
 
 This package supports its own modules and those of torch directly. For other libraries, features that act on whole
 models query a provider to find modules that call routers, wrap other modules, or receive arguments that describe

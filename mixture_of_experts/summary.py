@@ -27,7 +27,7 @@ class ActiveModules(NamedTuple):
 
     active_shares: ActiveShares
     variable_k_layers: set[nn.Module]  # layers whose number of choices depends on scores
-    external_modules: set[nn.Module]  # routers and experts of other libraries, which hold their weights directly
+    external_modules: set[nn.Module]  # routers and experts from other libraries, which hold their weights directly
 
 
 class Cost(NamedTuple):

@@ -332,7 +332,10 @@ def test_ranks_build_different_layers(workers: Workers, difference: str, named: 
 
 @pytest.mark.parametrize(
     ("problem", "named"),
-    [("experts", "9 experts cannot be divided among 4"), ("plan", "'ffn' does not match any submodule of ModuleDict")],
+    [
+        ("experts", "9 experts cannot be divided evenly among 4"),
+        ("plan", "'ffn' does not match any submodule of ModuleDict"),
+    ],
 )
 def test_rank_error_reaches_all_ranks(workers: Workers, problem: str, named: str):
     messages = workers.run(faults.fail_setup_on_one_rank, 4, problem, timeout=LIMIT)

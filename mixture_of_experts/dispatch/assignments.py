@@ -104,7 +104,7 @@ class Assignments:
         """An upper bound on the number of kept assignments, which is at most a."""
         if self.slot_of_outer_choice is None or self.routing is None:
             return self.weight.shape[0]
-        # count the choices of all slots, most of which may be empty, or of all tokens, whichever is smaller
+        # count over all slots (most may be empty) or over all tokens, whichever are fewer
         return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def locate(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,8 +142,8 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
     if dims[0] % mesh.size():
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
-            f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks; use a multiple of {mesh.size()}, "
-            "or a smaller mesh"
+            f"{dims[0]} {outer}experts cannot be divided evenly among {mesh.size()} ranks; use a multiple of "
+            f"{mesh.size()}, or a smaller mesh"
         )
 
 

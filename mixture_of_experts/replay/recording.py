@@ -28,8 +28,8 @@ def record_routing(
     """Context manager that records the choices of every gate in `model` for `replay_routing`.
 
     This function finds the same gates as `track_routing`. Each gate must be a token-choice gate of this package, or a
-    router of another library that chooses experts with `torch.topk`. Padding is excluded according to the layer's mask
-    or the attention mask of the enclosing model.
+    router from another library that chooses experts with `torch.topk`. Padding is excluded according to the layer's
+    mask or the attention mask of the enclosing model.
 
     Each forward pass appends its sequences to the records, in batch order. Each document in a packed row
     (`segment_ids`) counts as a sequence. Documents are ordered by their first tokens. A forward pass that continues a
@@ -48,7 +48,8 @@ def record_routing(
     Raises:
         ValueError: the model has no gate.
         TypeError: a gate does not make k choices for each token (expert choice), or its weights cannot be recorded.
-            This error is also raised in a forward pass if a block of another library does not choose with `torch.topk`.
+            This error is also raised in a forward pass if a block from another library does not choose with
+            `torch.topk`.
         RuntimeError: in a forward pass, a gate ran twice, outside of `model`, or in a graph compiled before the context
             was entered, or beam search swapped sequences. This error is also raised when the records are read, if a
             forward pass continued sequences that were not recorded.

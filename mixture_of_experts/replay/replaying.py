@@ -61,7 +61,7 @@ def replay_routing(
             does not accept choices. This error is also raised in a forward pass, before its first gate runs, if the
             number of sequences or tokens differs from the records.
         TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
-            pass if a block of another library does not choose with `torch.topk`.
+            pass if a block from another library does not choose with `torch.topk`.
         RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
             recomputes gates after the context has exited.
 

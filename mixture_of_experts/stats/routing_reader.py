@@ -1,7 +1,7 @@
-"""Reads the routing decisions of a model's gates, including routers of other libraries, during a forward pass.
+"""Reads the routing decisions of a model's gates, including routers from other libraries, during a forward pass.
 
-Most routers of other libraries return `(logits, weights, experts)` for flattened tokens. If a router returns less, its
-choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
+Most routers from other libraries return `(logits, weights, experts)` for flattened tokens. If a router returns less,
+its choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
 which tokens are padding and where sequences end.
 
 Axes: b (sequences), n (tokens per sequence), e (experts), k (choices per token).
@@ -109,7 +109,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
 
     Returns:
         A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, the `Routing` of
-        its last call is returned. For a router of another library, the `Routing` is constructed from the router's
+        its last call is returned. For a router from another library, the `Routing` is constructed from the router's
         outputs.
 
     Raises:

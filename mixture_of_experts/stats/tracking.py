@@ -43,9 +43,9 @@ def track_routing(
     """Context manager that records the routing decisions of every gate in `model`.
 
     The context covers all gates in `MoE` and `HeirarchicalMoE` layers, all other modules derived from `Gate`, and the
-    routers of other libraries that have a provider (see `mixture_of_experts.providers`). The gates of a layer may have
-    any class. For routers of other libraries, the attention mask determines which tokens are padding. The records can
-    be read inside the context and after it has exited.
+    routers from other libraries that have a provider (see `mixture_of_experts.providers`). The gates of a layer may
+    have any class. For routers from other libraries, the attention mask determines which tokens are padding. The
+    records can be read inside the context and after it has exited.
 
     A step is one forward pass of `model`. If an inner model whose arguments describe the tokens is called separately,
     that call is also a step, such as when generation calls an encoder. If you call `stats.step()` after each optimizer

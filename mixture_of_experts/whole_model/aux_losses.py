@@ -42,7 +42,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
     Raises:
         ValueError: `model` has no gate.
         TypeError: a gate does not belong to an `MoE` or `HeirarchicalMoE` layer, because it is a standalone gate or a
-            router of another library.
+            router from another library.
         RuntimeError: a forward pass would yield wrong losses, because a layer is called outside of `model` or runs
             under reentrant checkpointing. For checkpointing implementations other than torch's, the error is raised in
             the backward pass.

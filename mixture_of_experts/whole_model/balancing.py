@@ -1,7 +1,7 @@
 """Updates the expert bias of every gate in a model once per optimizer step.
 
 A rule (see `gating/bias_rules.py`) defines what is counted and how the counts change the bias. Gates of this package
-count choices themselves. For routers of other libraries, hooks count the choices that the router returns.
+count choices themselves. For routers from other libraries, hooks count the choices that the router returns.
 
 Axes: t (tokens), k (choices per token), e (experts).
 """
@@ -44,7 +44,7 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    This function covers every `TopKGating(expert_bias=True)`, and routers of other libraries with such a bias
+    This function covers every `TopKGating(expert_bias=True)`, and routers from other libraries with such a bias
     (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...). For these routers, the attention mask identifies padding.
     Each update uses the choices of all real tokens before capacity is applied. The update covers the training forward
     passes whose backward pass has run since the last step. Every micro-batch therefore counts exactly once, even under
@@ -74,10 +74,10 @@ def balance_experts(
         An object that stops the balancing when `close()` is called. The object can also be used as a context manager.
 
     Raises:
-        TypeError: a gate in `gates` has no expert bias, or a router of another library has an expert bias but does not
-            return its choices and their weights.
+        TypeError: a gate in `gates` has no expert bias, or a router from another library has an expert bias but does
+            not return its choices and their weights.
         ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate. The
-            "quantile" rule does not support routers of other libraries, or gates that choose experts in groups, by a
+            "quantile" rule does not support routers from other libraries, or gates that choose experts in groups, by a
             function or by token ids, or that make fewer than k choices for some tokens.
 
     Example:
@@ -188,7 +188,7 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
 
 
 class ExternalBiasUpdater:
-    """Updates the bias of a router of another library. A hook on the router counts its choices until `hooks` are
+    """Updates the bias of a router from another library. A hook on the router counts its choices until `hooks` are
     closed. If a router has several updaters, all of them count, but only the newest one changes the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:

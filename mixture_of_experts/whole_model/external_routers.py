@@ -1,4 +1,4 @@
-"""Reads and replaces the outputs of routers of other libraries, as described by their providers.
+"""Reads and replaces the outputs of routers from other libraries, as described by their providers.
 
 Axes: b (sequences), n (tokens per sequence), t (tokens), e (experts), k (choices per token).
 """

@@ -23,8 +23,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
     The time and memory use of a layer then depend only on shapes. Every real token makes all k choices, each for a
     different expert. With `ReLUGating`, only choices with positive logits count. Each gate computes the weights of the
-    forced experts from their scores, with gradients. A router of another library assigns the weights of its own choices
-    to the forced experts, and also routes padding.
+    forced experts from their scores, with gradients. A router from another library assigns the weights of its own
+    choices to the forced experts, and also routes padding.
 
     Args:
         model: a model whose gates accept `given_experts`. For a single gate, set its `forced` attribute instead.
@@ -35,7 +35,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
     Raises:
         ValueError: `how` is not one of these values, or the model has no gate.
-        TypeError: a gate does not accept `given_experts`, or a router of another library does not return its experts.
+        TypeError: a gate does not accept `given_experts`, or a router from another library does not return its experts.
             This error is also raised in a forward pass if such a router does not return what its provider describes.
 
     Example:
@@ -75,7 +75,7 @@ def forcing_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def replace_router_choices(router: RouterHandle, how: Forced, gate: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook that replaces the experts `(t, k)` returned by a router of another library."""
+    """Forward hook that replaces the experts `(t, k)` returned by a router from another library."""
     logits, _, expert = read_router_output(router, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
     return replace_result(router, output, "experts", forced.to(expert.dtype))

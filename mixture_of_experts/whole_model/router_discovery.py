@@ -1,4 +1,4 @@
-"""Finds the routers in a model: gates of this package, and routers of other libraries that providers describe.
+"""Finds the routers in a model: gates of this package, and routers from other libraries that providers describe.
 
 All features that act on whole models use this file to find routers. Modules are also found inside the wrappers of
 `torch.compile`, activation checkpointing, adapters, DDP, FSDP2 and parametrizations.
@@ -32,7 +32,7 @@ class RouterLocation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RouterHandle:
-    """Describes a gate in a model, or a router of another library. A gate that is shared by two layers has one handle
+    """Describes a gate in a model, or a router from another library. A gate that is shared by two layers has one handle
     with two locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
@@ -54,7 +54,7 @@ class RouterHandle:
 
     @property
     def is_external(self) -> bool:
-        """Whether this is a router of another library rather than a gate of this package."""
+        """Whether this is a router from another library rather than a gate of this package."""
         return self.external is not None
 
     @property

@@ -251,7 +251,7 @@ def check_seeds(folder: Path) -> None:
 def check_refused(folder: Path) -> None:
     """An expert count that `ep_size` does not divide is an error on every rank."""
     for loader in LOADERS.values():
-        with pytest.raises(ValueError, match="3 experts cannot be divided among 2 ranks"):
+        with pytest.raises(ValueError, match="3 experts cannot be divided evenly among 2 ranks"):
             loader(folder, distributed_config=DistributedConfig(tp_size=2, ep_size=2))
 
 

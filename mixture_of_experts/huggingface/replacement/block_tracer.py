@@ -43,7 +43,7 @@ class TracedTensor(Tensor):
             numbers.sources = source
         written = isinstance(out, Tensor) and any(type(value) is Tensor and value.is_set_to(out) for value in args)
         if written or out is None or isinstance(out, float):
-            raise TypeError(f"{func} reads values or writes them into another tensor, so it cannot be traced")
+            raise TypeError(f"{func} reads values or copies them into another tensor, so it cannot be traced")
         return out
 
 
