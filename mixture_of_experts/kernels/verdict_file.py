@@ -30,7 +30,8 @@ class VerdictFile:
     """
 
     def __init__(self, device: torch.device, kernels: str, kind: Hashable) -> None:
-        self.key, self.path = [kernels, repr(kind)], None
+        self.key: list[str] = [kernels, repr(kind)]
+        self.path: Path | None = None
         default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mixture_of_experts")
         folder = os.path.expanduser(os.environ.get(CACHE_VARIABLE, default))
         if device.type == "cuda" and folder:
