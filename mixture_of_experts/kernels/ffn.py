@@ -319,7 +319,7 @@ def hidden_grads(
         grad_pre_up += first * pre_r
     if hidden is not None:
         hidden += first * N
-    # compute slices, because the whole block does not fit into the registers
+    # compute in slices, because the whole block does not fit in the registers
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = BLOCK_N // 4
     left_half, right_half = split_columns(acc, False)

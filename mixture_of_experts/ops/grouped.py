@@ -117,7 +117,7 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
 
 
 def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Return why torch's grouped product runs as a loop with a host sync. Return None if it runs as a single kernel."""
+    """Return the reason why torch's grouped matmul falls back to a loop with a host sync, or None if it does not."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
         if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:

@@ -276,7 +276,7 @@ def set_load_hook(module: nn.Module, name: str, before: Callable[..., Any]) -> N
     module._load_state_dict_pre_hooks[name] = _WrappedHook(before, module)  # pyright: ignore[reportArgumentType]
 
 
-#: attributes in which a module stores its forward and backward hooks, and the flags of these hooks
+#: attributes in which a module stores its forward and backward hooks and their flags
 CALL_HOOKS = (*HOOK_TABLES, "_backward_hooks", "_backward_pre_hooks")
 #: attributes in which a module stores its state-dict hooks, which depend on the names and shapes of its tensors
 STATE_HOOKS = (

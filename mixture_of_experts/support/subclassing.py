@@ -51,7 +51,7 @@ def is_unchanged(module: nn.Module) -> bool:
     """Return whether a module computes the same results as the class of this package from which it derives.
 
     Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and other libraries' hooks set `forward` on
-    the module. Among these methods, only a `forward` defined in the class changes the computation.
+    the module. Of these methods, only `forward` changes the computation, and only if it is defined in the class.
     """
     kind = type(module)
     base = next((base for base in kind.__mro__ if is_package_class(base)), None)

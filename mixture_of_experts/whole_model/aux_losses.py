@@ -81,7 +81,7 @@ class AuxCall(ForwardCall):
     """An ongoing forward pass of the model that was passed to `collect_aux`."""
 
     training: bool
-    enclosing_call: AuxCall | None  # the same model's forward pass that encloses this one
+    enclosing_call: AuxCall | None  # the enclosing forward pass of the same model
     losses: list[Tensor] = field(default_factory=list)
 
 

@@ -209,8 +209,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     """Raise TypeError if a layer is neither a plain linear layer nor GPT-2's `Conv1D`, which stores its weight as
     `(in, out)`.
 
-    With `slot`, layers with a custom `forward` are also rejected, because the module is not run to verify their
-    outputs.
+    With `slot`, layers with a custom `forward` are also rejected, because their outputs cannot be verified without
+    running the module.
     """
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()

@@ -141,7 +141,7 @@ def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int,
 
 
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
-    """Return the maximum relative error of the rows of `(..., p, q)`.
+    """Return the maximum relative error over the rows of a tensor of shape `(..., p, q)`.
 
     The error is relative to the larger of the row's norm and the mean norm of the matrix's rows. If it were relative to
     the norm of the whole tensor, isolated errors would go unnoticed.
