@@ -124,7 +124,7 @@ def test_few_rows_are_summed_in_float32(shape):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_autocast_does_not_change_the_precision_of_a_row(k):
-    """On a CPU that does not multiply in float16, a token is computed in float32, whatever operator multiplies it."""
+    """On a CPU without float16 products, a token is computed in float32 even under autocast to float16."""
     moe = MoE(16, gate=TopKGating(16, 4, k, normalize=True), experts=GatedExperts(16, 4)).eval()
     x = torch.randn(1, 1, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
