@@ -86,7 +86,7 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
     end with `_unsafe_view`.
     """
-    if not torch.is_grad_enabled():  # autograd records no view then, and decoding is faster with fewer kinds of operators
+    if not torch.is_grad_enabled():  # autograd records no view, and fewer kinds of operators make decoding faster
         return x.view(shape)
     return torch.ops.aten._unsafe_view.default(x, shape)
 
