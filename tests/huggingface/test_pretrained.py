@@ -5,6 +5,7 @@ Their weights are trained: channels are large, texts are sensible, and configura
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -91,9 +92,20 @@ def make_batch(tokenizer: Any, side: str = "left") -> Any:
     return tokenizer(TEXTS, return_tensors="pt", padding=True)
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    """Thirty layers of large channels: float32 is exact to five digits of the largest logit."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
+@torch.no_grad()
+def measure_rounding(dense: Any, batch: Any) -> Tensor:
+    """The largest error of the dense model's float32 logits in padded rows, and that in other rows `(b, n, 1)`.
+
+    It depends on the CPU, and is several times as large in rows padded on the left, which attend to masked keys.
+    """
+    error = (dense(**batch).logits - copy.deepcopy(dense).double()(**batch).logits).abs().amax(-1, keepdim=True)
+    padded = (batch["attention_mask"] == 0).unsqueeze(-1)
+    return torch.where(padded, error[padded].max(), error[~padded].max())
+
+
+def assert_close(found: Tensor, wanted: Tensor, rounding: Tensor) -> None:
+    """Two models that round differently differ by up to the sum of their errors, here with a margin of two."""
+    torch.testing.assert_close(found / rounding, wanted / rounding, rtol=0, atol=4)
 
 
 def test_pretrained_model_generates_facts(dense, tokenizer):
@@ -117,7 +129,7 @@ def test_padded_batch_logits_and_loss(dense, first_moe, tokenizer, side):
     batch = make_batch(tokenizer, side)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     wanted, found = (model(**batch, labels=labels) for model in (dense, first_moe))
-    assert_close(found.logits, wanted.logits)
+    assert_close(found.logits, wanted.logits, measure_rounding(dense, batch))
     torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-4, atol=0)
 
 
@@ -146,17 +158,18 @@ def test_new_process_loads_by_auto_classes_and_pipeline(upcycled):
 
 
 @torch.no_grad()
-def test_exported(first_moe, tokenizer, upcycled, tmp_path):
+def test_exported(dense, first_moe, tokenizer, upcycled, tmp_path):
     """The stock class has equal logits, at padding too, and equal text; so has what the command writes."""
     batch, exported = make_batch(tokenizer), export(first_moe)
+    rounding, wanted = measure_rounding(dense, batch), first_moe(**batch).logits
     assert type(exported) is MixtralForCausalLM
-    assert_close(exported(**batch).logits, first_moe(**batch).logits)
+    assert_close(exported(**batch).logits, wanted, rounding)
     assert exported.generate(**batch, **GREEDY).equal(first_moe.generate(**batch, **GREEDY))
     del exported
     words = ["export", str(upcycled), str(tmp_path / "mixtral")]
     subprocess.run([sys.executable, "-m", "mixture_of_experts.huggingface", *words], check=True)
     stock = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32).eval()
-    assert_close(stock(**batch).logits, first_moe(**batch).logits)
+    assert_close(stock(**batch).logits, wanted, rounding)
 
 
 @torch.no_grad()
