@@ -87,6 +87,7 @@ def test_one_token_a_sequence(capacity):
         assert_programs_agree(program, layer, make_arguments(path, batch, 1))
 
 
+@slow
 @pytest.mark.parametrize("dim", [0, 1])
 def test_named_size_of_a_dropless_layer_needs_the_other_size_to_be_open(dim):
     """The page of compatibility says so: drop its row when torch accepts a named size alone."""

@@ -278,6 +278,7 @@ def test_loading_takes_the_bytes_of_quantized_experts(bits, tmp_path):
 # ---- signals ----
 
 
+@pytest.mark.slow
 def test_terminated_command_cleans_up(tmp_path):
     """SIGTERM while shards are written: exit status 143, and no folder is left."""
     sizes = dict(vocab_size=64, hidden_size=256, intermediate_size=256, num_attention_heads=4)
