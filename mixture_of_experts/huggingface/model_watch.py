@@ -85,8 +85,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 class LastCall(threading.local):
-    """For each thread, stores the `ModelCall` of the last completed outermost forward pass. Copies of a model start
-    with an empty call."""
+    """Stores the `ModelCall` of the last completed outermost forward pass, separately for each thread. Copies of a
+    model start with an empty call."""
 
     box: list[ModelCall]
 
@@ -178,8 +178,8 @@ class ModelWatch(ForwardWatch):
         return call
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
-        """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use those of
-        the enclosing model if they have the same shape."""
+        """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use the
+        enclosing model's token ids, provided that they have the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -189,13 +189,12 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments to pass to the model instead of those from a trainer, and record the trainer's requests
-        in the call.
+        """Return a trainer's arguments, adjusted for the model, and record the trainer's requests in `call`.
 
         With gradient accumulation, the `Trainer` passes the label count of the whole batch with each micro-batch, and
         expects each loss to be the micro-batch's share of the batch loss. Some models nevertheless return a mean over
         the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the label count
-        of its micro-batch, and its loss is multiplied by the fraction of labels that are in this micro-batch.
+        of its micro-batch, and its loss is multiplied by the micro-batch's fraction of the labels.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
@@ -251,7 +250,7 @@ class ModelWatch(ForwardWatch):
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
-        """Return the value of the output's `aux_loss`, which trainers multiply by a coefficient. If the model has its
+        """Return the value for the output's `aux_loss`, which trainers multiply by a coefficient. If the model has its
         own routers, the value includes their loss."""
         if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
@@ -261,7 +260,7 @@ class ModelWatch(ForwardWatch):
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
     def warn_once(self, call: ModelCall, model: nn.Module) -> None:
-        """Warn once if adapters do not save the routers, and once if the last backward pass reached the networks'
+        """Warn once if adapters do not include the routers, and once if the last backward pass reached the networks'
         outputs but not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
             check_adapters_loaded(model)
@@ -301,7 +300,7 @@ def check_adapters_loaded(model: nn.Module) -> None:
 
 
 def warn_unsaved_routers(model: nn.Module) -> None:
-    """Warn if a model was never saved to a folder and its PEFT adapters do not save its routers."""
+    """Warn if a model was never saved to a folder and its PEFT adapters do not include its routers."""
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(

@@ -1,6 +1,6 @@
 """Wraps all undocumented APIs of `transformers` and accelerate that this package uses.
 
-`tests/huggingface/test_private_transformers.py` shows which of these APIs a new version breaks.
+`tests/huggingface/test_private_transformers.py` shows which of these APIs break in a new version.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class ParsedBlock(BlockSettings):
     """A sparse block and the equivalent `MoE` layer.
 
     Attributes:
-        layer: a layer with the same dimensions and settings as the block. Modules of the block that a `MoE` can use
-            unchanged are shared. All other weights are on the meta device.
+        layer: a layer with the same dimensions and settings as the block. The layer shares any of the block's modules
+            that a `MoE` can use unchanged. All of its other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:

@@ -45,8 +45,7 @@ def find_recipe(block: nn.Module) -> str | None:
 
 
 class BlockSettings(ExternalRouter):
-    """The router settings of a sparse block. If the block does not store a setting, it comes from the block's
-    recipe."""
+    """The router settings of a sparse block. Settings that the block does not store are taken from its recipe."""
 
     module: Any
     recipe: Recipe
@@ -106,7 +105,8 @@ class BlockSettings(ExternalRouter):
 
     @property
     def capacity(self) -> int | None:
-        """The expert capacity for each sequence, independent of its length, or None if no tokens are dropped."""
+        """The expert capacity for each sequence, which does not depend on the sequence length, or None if no tokens are
+        dropped."""
         return find_attribute(self.router, "expert_capacity")
 
     @property
@@ -126,7 +126,8 @@ class BlockSettings(ExternalRouter):
 
     @property
     def experts_of_id(self) -> Any:
-        """The experts assigned to each token id, as `(v, k)`, or None if the router does not choose by token id."""
+        """The ids of the experts assigned to each token id, with shape `(v, k)`, or None if the router does not choose
+        experts by token id."""
         return self.read_attribute("experts_of_id")
 
     @property

@@ -108,7 +108,7 @@ def concatenate_pieces(pieces: WeightViews) -> Tensor:
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
-    """Read a sparse block. Raise ValueError if its class is unknown or its computation is not supported."""
+    """Read a sparse block. Raise ValueError if the block's class is unknown or its computation is not supported."""
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(

@@ -25,7 +25,7 @@ EP_IMPLEMENTATION_NAME = "mixture_of_experts"
 
 class ExchangeImplementation(EPImplementation):
     """An expert-parallel implementation that sends each row to the rank that holds its expert. Router weights are
-    applied after the rows return to the ranks of their tokens.
+    applied after the rows have been returned to the ranks that hold their tokens.
 
     If the calls on different ranks do not match, every rank raises an error that describes both calls.
     """

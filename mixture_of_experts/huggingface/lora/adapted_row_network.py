@@ -1,5 +1,5 @@
 """Runs an adapted network on rows sorted by expert, and computes the gradients of its low-rank factors. This module
-uses the functions of `ops.row_network` with matrix products that support low-rank updates.
+reuses the functions in `ops.row_network`, with matrix products that support low-rank updates.
 
 Axes: r (rows), e (experts), p and q (input and output features of a weight), k (rank).
 
@@ -98,7 +98,7 @@ class GradientLayout(AdaptedLayout):
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        """Compute the gradients of the tokens, and store those of the low-rank factors of `w_in`."""
+        """Compute the tokens' gradients, and store the gradients of the low-rank factors of `w_in`."""
         total = super().multiply_and_sum(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather_rows(self.x) if adapted else self.x

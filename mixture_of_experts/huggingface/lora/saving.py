@@ -49,13 +49,13 @@ def save_adapter(
     """Save a LoRA adapter so that it can be loaded into the stock model that `to_transformers` or `export` creates from
     the base model.
 
-    PEFT's own `save_pretrained` writes an adapter for a model with layers of this package. With the adapter written by
+    PEFT's own `save_pretrained` writes an adapter for a model with this package's layers. With the adapter written by
     `save_adapter`, the stock model returns the same outputs up to rounding. Scaling factors are folded into the
     weights.
 
     Args:
-        model: a `PeftModel`. The model is not modified. Its base model was changed by `from_transformers`, `upcycle` or
-            `replace_ffn`, or is a stock model with adapters on its stacked experts.
+        model: a `PeftModel`. The model is not modified. Its base model is either a model that `from_transformers`,
+            `upcycle` or `replace_ffn` changed, or a stock model with adapters on its stacked experts.
         folder: the folder in which to save `adapter_config.json` and `adapter_model.safetensors`.
         layout: "peft" writes an adapter that `PeftModel.from_pretrained` loads into the stock model, and that vLLM
             loads for gpt-oss. If both the gate and up projections are adapted, the rank of their joint adapter is the
@@ -215,8 +215,8 @@ def check_loads(stock: Any) -> None:
 def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
     """Combine the updates of w1, w3 and w2 into updates of a stock model's stacked weights.
 
-    Weights without an adapter get an update of zeros. The file must contain both stacked weights, because engines
-    expect both, and the names of an adapter do not indicate which of the two weights it belongs to.
+    The updates of weights without an adapter are zero. The file must contain both stacked weights, because engines
+    expect both and cannot tell from an adapter's names which of the two weights it belongs to.
     """
     whole = complete_updates(found, path, updates)
     first = {name: updates[name] for name in ("w1", "w3") if name in updates} or {"w1": whole["w1"]}
@@ -287,8 +287,8 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
 
 
 def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Return the updates of all projections of the experts at `path`. Projections without an adapter get an update of
-    zeros."""
+    """Return the updates of all projections of the experts at `path`. The updates of projections without an adapter are
+    zero."""
     left, right = next(iter(updates.values()))
     e, k = len(left), right.shape[1]
     out_dim, in_dim = found.blocks[path].experts.down_proj.shape[1:]

@@ -1,4 +1,4 @@
-"""Converts the adapter of a model with experts to an adapter of the equivalent stock model.
+"""Converts an adapter trained on a model with `MoE` layers to an adapter for the equivalent stock model.
 
 Axes: e (experts), d (model dimension), h (hidden dimension), k (rank).
 """
@@ -34,7 +34,7 @@ LowRankUpdate = tuple[Tensor, Tensor]  # the product of both is added to a weigh
 
 @dataclass
 class StockAdapter:
-    """A LoRA adapter of a stock model. The updates include the scaling factors."""
+    """A LoRA adapter for a stock model. The updates include the scaling factors."""
 
     model: Any  # the stock model on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
@@ -162,7 +162,7 @@ def add_block(found: StockAdapter, path: str) -> str:
 def add_linear_update(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add the update of a linear layer to `found`. The linear layer must not be in a layer with experts."""
+    """Add the update of a linear layer to `found`. The linear layer must not be inside a `MoE` layer."""
     layer_path, _ = split_layer_path(layers, path)
     theirs = dict(found.model.named_modules()).get(path)
     if layer_path is not None or not isinstance(theirs, nn.Linear) or adapter not in wrapper.lora_A:
@@ -178,7 +178,7 @@ def add_whole_module(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
     """Add a module in `modules_to_save` to `found`. If the module is a gate, it is converted to the block's router.
-    Otherwise, it must be outside of all layers with experts."""
+    Otherwise, it must not be inside a `MoE` layer."""
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return

@@ -46,9 +46,9 @@ def prune(
     name.
 
     This function also removes the corresponding columns of the router's weight and the corresponding elements of its
-    bias, its expert bias and its expert counts. All expert groups keep the same number of experts. The order of the
-    remaining experts, k and all other settings are unchanged. The configuration is updated, so that the model can still
-    be saved, loaded and exported. The remaining parameters are new tensors.
+    bias, expert bias and expert counts. All expert groups keep the same number of experts. `k`, the order of the
+    remaining experts and all other settings are unchanged. The configuration is updated, so that the model can still be
+    saved, loaded and exported. The remaining parameters are new tensors.
 
     Args:
         model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
@@ -57,8 +57,8 @@ def prune(
         by: which experts to keep. "reap" multiplies the router weight by the norm of the expert's output, and keeps the
             experts with the largest mean of this product over the tokens that they process (arXiv 2510.13999, equation
             9). "frequency" keeps the experts that process the most tokens. "random" chooses experts with torch's random
-            generator. With a mapping from gate names to floating-point scores `(e,)`, such as those returned by
-            `expert_scores`, each layer keeps the experts with the largest scores. With a mapping from gate names to
+            generator. If `by` is a mapping from gate names to floating-point scores `(e,)`, such as those returned by
+            `expert_scores`, each layer keeps the experts with the largest scores. If it is a mapping from gate names to
             expert ids, each layer keeps these experts, and `keep` can be omitted. Layers that are not in the mapping
             are not changed.
         calibration: batches of data for "reap" and "frequency". Each batch is a tensor, or a dictionary or tuple of the
@@ -208,8 +208,8 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """Return the names of the configuration settings that store the number of experts, and this number before and after
-    pruning.
+    """Return the names of the configuration settings that store the number of experts, along with this number before
+    and after pruning.
 
     Args:
         models: all `transformers` models inside the pruned model, starting with the outermost.

@@ -1,5 +1,5 @@
 """Reduces a layer to a subset of its experts in place. The tensors of the gate and the experts are sliced, and the
-number of experts that modules store is updated.
+number of experts stored in each module is updated.
 
 Axes: e (experts), d (model dimension).
 """

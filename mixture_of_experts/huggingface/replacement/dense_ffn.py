@@ -1,4 +1,5 @@
-"""Locates the parts of dense feed-forward networks with an `Adapter`, and reads their weights with `read_dense_ffn`.
+"""Defines `Adapter`, which locates the parts of a dense feed-forward network, and `read_dense_ffn`, which reads its
+weights.
 
 Axes: d (model dimension), h (hidden dimension), e (experts).
 """
@@ -93,7 +94,7 @@ class DenseFFN:
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight that has the dtype and device of the network."""
+        """A weight with the network's dtype and device."""
         return self.weights["w1"]
 
     @property
@@ -170,8 +171,8 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError if a model is a wrapper, because the wrapped model is the one that is loaded and saved and that
-    returns a loss."""
+    """Raise ValueError if a model is a wrapper, because loading, saving and computing the loss use the wrapped
+    model."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
             f"{type(model).__name__} is a wrapper; modify the wrapped model (get_base_model() for PEFT, _orig_mod for "
@@ -223,8 +224,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
 
 
 def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
-    """Call unknown code and return the resulting tensor. Return None if the code raises an exception or does not return
-    a tensor."""
+    """Call `compute` and return the resulting tensor. Return None if it raises an exception or does not return a
+    tensor."""
     try:
         out = compute()
     except Exception:

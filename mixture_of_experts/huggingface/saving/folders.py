@@ -1,4 +1,4 @@
-"""Converts saved models layer by layer, with only a few copies of one layer and one output file in memory.
+"""Converts saved models layer by layer, keeping only a few copies of one layer and one output file in memory.
 
 Each folder is written under a temporary name next to its target, and is renamed when it is complete.
 """
@@ -45,8 +45,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """Upcycle a saved dense model. The new folder has the contents that `save_pretrained` would write for the upcycled
-    model.
+    """Upcycle a saved dense model. The new folder contains what `save_pretrained` would write for the upcycled model.
 
     Args:
         source: a folder with `config.json` and safetensors files.
@@ -118,10 +117,10 @@ def rewrite_folder(
     """Write a new folder next to the target, and rename it to the target when it is complete. If an error occurs, the
     new folder is removed.
 
-    The new folder contains the weights of the layers at `paths`, as returned by `change`, all other weights of the
-    model, as returned by `read`, and copies of the source's other files, such as the tokenizer. `finish` may modify the
-    folder before it is renamed. If the process is killed by SIGKILL, a folder `.NAME.xxxx.unfinished` without
-    `config.json` remains.
+    The new folder contains the weights that `change` returns for the layers at `paths`, the model's other weights,
+    which `read` returns, and copies of the source's other files, such as the tokenizer. `finish` may modify the folder
+    before it is renamed. If the process is killed by SIGKILL, a folder `.NAME.xxxx.unfinished` without `config.json`
+    remains.
     """
     if target.exists():
         raise FileExistsError(f"{target} already exists; choose another name, or remove it")
@@ -160,8 +159,8 @@ def find_block_prefix(name: str) -> str:
 
 @contextmanager
 def naming_unwritable_file(path: Path) -> Iterator[None]:
-    """Context manager that turns errors during writing, such as a full disk, into an OSError that names the target file
-    and the remedy."""
+    """Context manager that turns write errors, such as those caused by a full disk, into an OSError that names the
+    target file and suggests a remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
@@ -211,8 +210,8 @@ def read_model(source: Path, config: Any) -> Any:
 
 
 def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
-    """Find a weight whose shape in the files differs from that in the model, and return an error that names it, or None
-    if all shapes match. The error that `transformers` raises does not name the weight."""
+    """Return an error that names a weight whose shape in the files differs from its shape in the model, or None if all
+    shapes match. The error that `transformers` raises does not name the weight."""
     model = make_empty_model(config)
     if entries := read_layer_entries(config):
         insert_experts(model, entries)
@@ -224,7 +223,7 @@ def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError |
 
 def read_config(source: Path) -> Any:
     """Return the configuration in a folder, without accessing the hub or running code from the folder. Raise ValueError
-    if the model is quantized by another library."""
+    if the model was quantized by another library."""
     if not source.is_dir():
         raise FileNotFoundError(
             f"{source} is not a folder, and nothing is downloaded automatically; download the model to a folder first"
@@ -244,8 +243,8 @@ def make_empty_model(config: Any) -> Any:
 
 
 class ShardWriter:
-    """Writes weights to files, and starts a new file when the current file is full. Errors refer to the target, because
-    the folder is later renamed to it."""
+    """Writes weights to files, and starts a new file when the current file is full. Error messages refer to the target,
+    because the folder is later renamed to it."""
 
     folder: Path
     max_size: int

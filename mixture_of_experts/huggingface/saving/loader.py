@@ -32,8 +32,7 @@ NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a conf
 @register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts from a configuration file, and arguments that were passed to
-    `from_pretrained`."""
+    """Layer descriptions from a configuration file, and arguments that were passed to `from_pretrained`."""
 
     quant_method: Any = MODEL_TYPE
     layers: Any = ()
@@ -44,8 +43,8 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
 
 @register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
-    """A quantizer that inserts layers with experts into a model before its weights are loaded. The model is not marked
-    as quantized, because trainers reject quantized models."""
+    """A quantizer that inserts `MoE` layers into a model before its weights are loaded. The model is not marked as
+    quantized, because trainers reject quantized models."""
 
     def preprocess_model(
         self, model: Any, *args: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -144,7 +143,7 @@ def from_pretrained(
 
 
 def find_saved_class(config: Any) -> Any:
-    """Return the `transformers` class of the saved model to which a configuration belongs."""
+    """Return the `transformers` class of a saved model, given its configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
