@@ -64,8 +64,8 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_scores(text: str) -> Any:
-    """Return "random" unchanged. Any other text is the path of a file from which scores or expert ids, keyed by gate
-    name, are read."""
+    """Return "random" unchanged. Treat any other text as a path, and read scores or expert ids, keyed by gate name,
+    from this file."""
     if text == "random":
         return text
     try:

@@ -240,7 +240,7 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
 
 
 class SparseFeedForward(MoEFeedForward):
-    """A `MoE` layer that replaces a sparse block of `transformers` and keeps its call signature.
+    """A `MoE` layer that replaces a `transformers` sparse block and keeps the block's call signature.
 
     Args:
         block: the class name of the replaced block.

@@ -28,10 +28,10 @@ class ReplayRouting:
 
     List this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`.
 
-    The mixin records the experts that the model chooses while the trainer generates. If an inference engine generates
-    the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and completions
-    in an additional field "routed_experts". Its value is a `RoutingRecords` object, or a list of the objects that
-    `RoutingRecords.from_requests` accepts.
+    The mixin records the experts that the model chooses while the trainer generates completions. If an inference engine
+    generates the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and
+    completions in an additional field named "routed_experts". Its value is a `RoutingRecords` object, or a list of the
+    objects that `RoutingRecords.from_requests` accepts.
 
     The choices are replayed in every forward pass that computes log-probabilities of these completions: during training
     (in all mini-batches and iterations), when old log-probabilities are computed, and during evaluation. The last token
@@ -41,7 +41,7 @@ class ReplayRouting:
 
     Raises:
         ValueError: raised by the constructor if the model has no gate or the trainer uses an unsupported generation
-            method (tools, or vLLM or continuous batching without `rollout_func`). Raised during training if generation
+            method (tools; vLLM or continuous batching without `rollout_func`). Raised during training if generation
             does not use a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a
             prompt has images, or if log-probabilities with gradients are computed in chunks or twice before a backward
             pass.

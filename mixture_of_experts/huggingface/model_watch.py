@@ -56,7 +56,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     with gradients, `out.loss` already includes the sum.
 
     Args:
-        model: a model that `replace_ffn` or `upcycle` changed. The model may be wrapped.
+        model: a model modified by `replace_ffn` or `upcycle`. The model may be wrapped.
 
     Raises:
         RuntimeError: the model has not run a forward pass in this thread.
@@ -131,7 +131,7 @@ def find_last_calls(model: nn.Module) -> list[LastCall]:
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False in
+    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False for
     audio models."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 

@@ -65,7 +65,7 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Return whether the adapter of a stacked weight multiplies tokens by B before A. Otherwise, A is applied first."""
+    """Return whether a stacked weight's adapter multiplies tokens by B before A. Otherwise, A is applied first."""
     return wrapper._did_swap_in_out_features
 
 

@@ -30,11 +30,11 @@ BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts that a router chose for each token, and return the weighted sums of their outputs.
 
-    Tokens and outputs have shape `(t, d)`. Expert ids and router weights have shape `(t, k)`. Ids greater than or equal
-    to e are skipped.
+    Tokens and outputs have shape `(t, d)`. Expert ids and router weights have shape `(t, k)`. Expert ids greater than
+    or equal to e are skipped.
 
-    The function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
-    `has_post_expert_norm`, and classes that define their own `_apply_gate`.
+    This function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
+    `has_post_expert_norm`, as well as classes that define their own `_apply_gate`.
 
     Raises:
         TypeError: the weights are quantized or sharded.

@@ -67,8 +67,8 @@ class BlockSettings(ExternalRouter):
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """Look up the attribute for `role` in the router first, then in the block. Return None if neither has such an
-        attribute."""
+        """Look up the attribute for `role`, first in the router and then in the block. Return None if neither has such
+        an attribute."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 

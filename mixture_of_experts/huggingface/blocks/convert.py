@@ -1,4 +1,5 @@
-"""Converts `transformers` sparse blocks to `MoE` layers and back. Only the layout of the weights changes.
+"""Converts `transformers` sparse blocks to `MoE` layers and back. The conversion changes only the layout of the
+weights.
 
 A block's computation is defined by its recipe in `recipes.MODELS` and by the attributes listed in `block_classes.py`.
 

@@ -107,7 +107,7 @@ def from_transformers(
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     """Copy the weights of a `MoE` into an equivalent `transformers` sparse block, and return the block.
 
-    If `block` is omitted, `moe` must be a model that `from_transformers` changed. The model is converted back to a
+    If `block` is omitted, `moe` must be a model converted by `from_transformers`. The model is converted back to a
     stock model in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a
     block's weights bit for bit.
 

@@ -52,7 +52,7 @@ def find_remaining_parts(block: nn.Module) -> set[str]:
 
 def set_gate_process_groups(model: Any) -> None:
     """Set the process groups of a model's gates, so that their losses cover all data-parallel ranks. This function has
-    no effect if the model has no mesh from `distributed_config`.
+    no effect if the model has no device mesh from `distributed_config`.
 
     Tensor-parallel ranks process the same tokens, so these tokens are counted only once.
     """

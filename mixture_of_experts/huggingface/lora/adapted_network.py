@@ -41,7 +41,7 @@ class LowRankWeight(NamedTuple):
 
 
 class AdaptedNetwork(Network):
-    """The weights of all experts, including at least one `LowRankWeight`. The factors are named after the weight, with
+    """The weights of all experts, including at least one `LowRankWeight`. Each factor is named after its weight, with
     the prefix "down." or "up."."""
 
     def get_low_rank_weights(self) -> list[LowRankWeight]:

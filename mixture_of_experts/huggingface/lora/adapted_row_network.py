@@ -93,8 +93,8 @@ class GradientLayout(AdaptedLayout):
     grads: dict[str, Tensor]
 
     def outer_products(self, x: Tensor, y: Tensor, out: object) -> None:
-        """Store the gradients of the low-rank factors of `w_out`, not of `w_out` itself. The rows `y` are already
-        multiplied by the router weights."""
+        """Store the gradients of the low-rank factors of `w_out` instead of the gradient of `w_out` itself. The rows
+        `y` are already multiplied by the router weights."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:

@@ -20,7 +20,7 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     """A `load_state_dict` pre-hook that renames the experts' adapter weights to their names in the model.
 
     When PEFT loads an adapter, it renames the weights according to the checkpoint rules of the model's class. These
-    rules may also match names in layers of this package. For example, the rules of Mistral Large 4 insert `.mlp` before
+    rules may also match names in this package's layers. For example, the rules of Mistral Large 4 insert `.mlp` before
     `.experts.`.
 
     Args:

@@ -50,18 +50,18 @@ def save_adapter(
     the base model.
 
     PEFT's own `save_pretrained` writes an adapter for a model with this package's layers. With the adapter written by
-    `save_adapter`, the stock model returns the same outputs up to rounding. Scaling factors are folded into the
-    weights.
+    `save_adapter`, the stock model returns the same outputs as `model`, up to rounding. Scaling factors are folded into
+    the weights.
 
     Args:
-        model: a `PeftModel`. The model is not modified. Its base model is either a model that `from_transformers`,
-            `upcycle` or `replace_ffn` changed, or a stock model with adapters on its stacked experts.
+        model: a `PeftModel`. The model is not modified. Its base model is either a model modified by
+            `from_transformers`, `upcycle` or `replace_ffn`, or a stock model with adapters on its stacked experts.
         folder: the folder in which to save `adapter_config.json` and `adapter_model.safetensors`.
         layout: "peft" writes an adapter that `PeftModel.from_pretrained` loads into the stock model, and that vLLM
             loads for gpt-oss. If both the gate and up projections are adapted, the rank of their joint adapter is the
             sum of the two ranks. "per_expert" writes separate factors for each expert and projection, named as in the
-            checkpoints of the stock class. vLLM reads this layout for all other models. "mixture_of_experts" converts
-            in the opposite direction, and writes an adapter for the model that `from_transformers` creates.
+            stock class's checkpoints. vLLM reads this layout for all other models. "mixture_of_experts" converts in the
+            opposite direction, and writes an adapter for the model that `from_transformers` creates.
         adapter: name of the adapter to save. Default: the active adapter.
         base_model: folder or name of the stock model, which is stored in `adapter_config.json`.
 
@@ -305,8 +305,8 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
     """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock class.
 
-    To find the names, this function converts a state dict in which identifying numbers replace the weights. If
-    checkpoints of the class contain stacked experts, it returns the per-expert names that vLLM uses.
+    To find the names, this function converts a state dict in which identifying numbers replace the weights. If the
+    class's checkpoints contain stacked experts, this function returns the per-expert names that vLLM uses.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

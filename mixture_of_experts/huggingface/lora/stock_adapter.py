@@ -86,8 +86,7 @@ def copy_to_meta(model: nn.Module) -> Any:
 def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
     """Return the equivalent stock model on the meta device, given a model without adapters.
 
-    This is the model that `to_transformers` or `export` would return, or the model itself if it has no layers with
-    experts.
+    This is the model that `to_transformers` or `export` would return, or the model itself if it has no `MoE` layers.
     """
     if not layers:
         return plain
@@ -97,8 +96,8 @@ def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
 
 
 def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[str | None, str]:
-    """Split the path of a module into the path of the layer that contains it and the module's path in that layer.
-    Return (None, path) if no layer contains the module."""
+    """Split a module's path into the path of the layer that contains it and the module's path within that layer. Return
+    (None, path) if no layer contains the module."""
     found = next((name for name in layers if path.startswith(f"{name}.")), None)
     return found, path if found is None else path.removeprefix(f"{found}.")
 
@@ -196,8 +195,8 @@ def add_whole_module(
 
 @torch.no_grad()
 def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Convert the state of a gate to the state of a block's router. The block is on the meta device. Return the
-    router's path and its state."""
+    """Convert a gate's state to the state of a block's router. The block is on the meta device. Return the router's
+    path and its state."""
     block, own = copy.deepcopy(block), get_named_tensors(gate)
     path = find_router(block)
     for tensor in get_named_tensors(block.get_submodule(path).to_empty(device="cpu").double()).values():

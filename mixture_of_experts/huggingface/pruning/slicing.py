@@ -91,8 +91,7 @@ def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
 
 
 def check_num_kept(router: RouterHandle, number: int) -> None:
-    """Raise ValueError if a router has fewer experts than `number`, or does not support such a small number of
-    experts."""
+    """Raise ValueError if a router cannot keep `number` experts, because it has fewer or requires more."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
     minimum = k + isinstance(gate, NoisyTopKGating)  # smallest number of experts with which the gate works

@@ -203,12 +203,12 @@ def locate_dropout(settings: Any) -> str | float | None:
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, including quantized linear layers and linear layers with adapters."""
+    """Return whether a module is a linear layer, which may be quantized or have adapters."""
     return all(isinstance(size, int) for size in get_linear_sizes(module))
 
 
 def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
-    """Return the number of input features and the number of output features of a linear layer."""
+    """Return the numbers of input and output features of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

@@ -171,8 +171,8 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError if a model is a wrapper, because loading, saving and computing the loss use the wrapped
-    model."""
+    """Raise ValueError if a model is a wrapper, because the wrapped model must be used for loading, saving and
+    computing the loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
             f"{type(model).__name__} is a wrapper; modify the wrapped model (get_base_model() for PEFT, _orig_mod for "

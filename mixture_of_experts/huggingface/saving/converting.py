@@ -51,8 +51,8 @@ def convert_folder(
     """Convert a saved model layer by layer. The new folder contains what `save_pretrained` would write for the
     converted model.
 
-    `from_pretrained` memory-maps the stacked experts in the new folder, so models that do not fit into memory can run.
-    The conversion holds at most three copies of a layer and one output file in memory.
+    `from_pretrained` memory-maps the stacked experts in the new folder, so models that do not fit into memory can still
+    be run. The conversion holds at most three copies of a layer and one output file in memory.
 
     Args:
         source: the folder of a stock model, or a folder written by `save_pretrained` or another command. The sparse

@@ -129,8 +129,8 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
 
 
 def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
-    """Add the entries and files that engines need to the folder of a stock model, and warn about engines whose results
-    would differ.
+    """Complete the folder of a stock model with the entries and files that engines need, and warn about engines whose
+    results would differ.
 
     Args:
         folder: the folder of the stock model, which must contain `config.json`.

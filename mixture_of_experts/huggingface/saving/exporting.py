@@ -1,7 +1,7 @@
-"""Exports a model with experts as an equivalent stock model of `transformers`.
+"""Exports a model with `MoE` layers as an equivalent stock `transformers` model.
 
-`plan_export` makes all decisions without reading weights, so it also supports models whose weights are in files. The
-weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
+`plan_export` makes all decisions without reading weights, so it also supports models whose weights are stored in files.
+The weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
 copied into that block.
 
 Axes: e (experts), d (model dimension), h (hidden dimension).
@@ -122,7 +122,7 @@ class ExportPlan(NamedTuple):
 
 
 def export(model: nn.Module) -> Any:
-    """Export a model as an equivalent stock model of `transformers`, which runs without this package.
+    """Export a model as an equivalent stock `transformers` model, which runs without this package.
 
     Llama and Mistral models are exported as Mixtral. If only some of their layers have experts, if they have a shared
     expert, or if their router weights are not normalized, they are exported as Qwen2-MoE instead. Qwen2 is exported as
@@ -131,7 +131,7 @@ def export(model: nn.Module) -> Any:
     preserved.
 
     Args:
-        model: a `transformers` model that `replace_ffn` or `upcycle` changed. The model is not modified.
+        model: a `transformers` model modified by `replace_ffn` or `upcycle`. The model is not modified.
 
     Returns:
         A stock model with copies of the weights and the same dtype, device and mode as `model`. The stock model's
@@ -260,7 +260,7 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
 @torch.no_grad()
 def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
     """Return a layer that is equivalent to `moe` in eval mode and has the form of a sparse block. The layer shares its
-    weights with `moe`. With `shared_expert`, the block has a gated shared expert."""
+    weights with `moe`. If `shared_expert` is True, the block has a gated shared expert."""
     like = copy.copy(moe)
     like._modules = dict(moe._modules)
     if type(moe.gate) is TopKGating:
@@ -282,7 +282,7 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 
 
 def make_half_open_gate(like: Tensor) -> Tensor:
-    """Return a weight `(1, d)` for a shared expert's gate that makes the gate's sigmoid round to 1/2.
+    """Return a weight `(1, d)` with which the sigmoid of a shared expert's gate rounds to 1/2.
 
     The elements of the weight are tiny. The elements are nonzero because llama.cpp computes the sigmoid of z as
     `silu(z) / z`. The elements differ from each other, because the elements of an input may sum to zero.

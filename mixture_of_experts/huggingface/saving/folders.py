@@ -182,7 +182,7 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """Return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
+    """Load and return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
     memory-mapped, so only the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):

@@ -167,7 +167,7 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
     """Apply the changed settings described in a file to a layer, and check that their values are valid.
 
     Raises:
-        ValueError: an entry is not one of the settings in `read_layer_settings`, or its value is invalid.
+        ValueError: an entry is not a setting that `read_layer_settings` returns, or its value is invalid.
     """
     known = read_layer_settings(layer)
     for path, value in changes.items():

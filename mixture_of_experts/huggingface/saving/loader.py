@@ -85,14 +85,14 @@ def from_pretrained(
     adapters: Mapping[str, Adapter] | None = None,
     **settings: Any,
 ) -> Any:
-    """Load a model that was changed by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
+    """Load a model that was modified by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
 
     If this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
     addition, this function accepts a custom gate and adapters.
 
     Args:
         path: the folder of the model, or its name on the Hugging Face Hub.
-        model_class: a model class or an `AutoModel...` class of `transformers`. Default: the class of the saved model.
+        model_class: a `transformers` model class or `AutoModel...` class. Default: the class of the saved model.
         gate: the function that was passed to `replace_ffn`. It is required only for custom gates, because `config.json`
             describes this package's own gates.
         adapters: the adapters that were passed to `replace_ffn`.

@@ -1,7 +1,7 @@
 """Maps the weight names in files to those in a model.
 
 A `transformers` class may rename the weights of its checkpoints when it loads them, and restore the original names when
-it saves them. A model with layers of this package saves all weights under its own names, because the `Trainer` does not
+it saves them. A model with this package's layers saves all weights under its own names, because the `Trainer` does not
 rename weights when it resumes a run or loads the best model. Weights stored under other names would keep their current
 values. Earlier versions of this package saved the layers' weights under the class's names. Such files are also
 supported.
