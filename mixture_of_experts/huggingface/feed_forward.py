@@ -225,7 +225,7 @@ class LogitsCall(ForwardCall):
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
-    """A forward hook for gates that adds the logits `(t, e)` of all tokens to those that `transformers` collects.
+    """A forward hook that adds a gate's logits `(t, e)` for all tokens to the logits that `transformers` collects.
 
     The hook computes these logits itself, because the gate's own logits may be grouped, contain additional tokens, or
     lack the padding tokens.

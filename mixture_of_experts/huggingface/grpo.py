@@ -41,10 +41,10 @@ class ReplayRouting:
 
     Raises:
         ValueError: raised by the constructor if the model has no gate or the trainer uses an unsupported generation
-            method (tools; vLLM or continuous batching without `rollout_func`). Raised during training if generation
-            does not use a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a
-            prompt has images, or if log-probabilities with gradients are computed in chunks or twice before a backward
-            pass.
+            method (tools; vLLM or continuous batching without `rollout_func`). Also raised during training if
+            generation does not use a cache, if `rollout_func` returns no choices or choices that do not match its
+            tokens, if a prompt contains images, or if log-probabilities with gradients are computed in chunks or twice
+            before a backward pass.
         TypeError: a subclass lists this class after the trainer (raised when the subclass is defined). Also raised by
             the constructor if the trainer lacks a TRL method that this class needs, or if a gate's choices or weights
             cannot be recorded.

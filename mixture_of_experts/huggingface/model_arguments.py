@@ -133,7 +133,7 @@ def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
-    """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as one number for all
+    """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as a single number for all
     sequences."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:

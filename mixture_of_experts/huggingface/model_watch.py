@@ -52,8 +52,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Return the sum of the auxiliary losses from a model's last forward pass in this thread, in training or eval mode.
 
     The result is a differentiable 0-dim tensor. During a forward pass, it contains the losses of the layers that have
-    already run. If you compute the loss yourself, add this sum to it. If you pass labels in a training forward pass
-    with gradients, `out.loss` already includes the sum.
+    already run. If you compute the loss yourself, add this sum to it. If you pass labels during training with gradients
+    enabled, `out.loss` already includes the sum.
 
     Args:
         model: a model modified by `replace_ffn` or `upcycle`. The model may be wrapped.
@@ -137,7 +137,7 @@ def uses_model_mask(model: nn.Module, name: str) -> bool:
 
 
 def find_padding_source(model: nn.Module, name: str) -> nn.Module:
-    """Return the torch layer or model that contains the network at `name` and whose arguments describe its padding."""
+    """Return the enclosing torch layer or model whose arguments describe the padding for the network at `name`."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
     return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
@@ -193,8 +193,8 @@ class ModelWatch(ForwardWatch):
 
         With gradient accumulation, the `Trainer` passes the label count of the whole batch with each micro-batch, and
         expects each loss to be the micro-batch's share of the batch loss. Some models nevertheless return a mean over
-        the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the label count
-        of its micro-batch, and its loss is multiplied by the micro-batch's fraction of the labels.
+        the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the
+        micro-batch's label count, and its loss is multiplied by the fraction of labels that are in this micro-batch.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))

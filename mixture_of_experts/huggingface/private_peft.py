@@ -35,8 +35,8 @@ def get_active_copy(wrapper: Any) -> nn.Module:
 
 
 def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is the one
-    that runs. Return None if `module` is not such a wrapper."""
+    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is active.
+    Return None if `module` is not such a wrapper."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return None

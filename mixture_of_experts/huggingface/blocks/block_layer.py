@@ -98,8 +98,8 @@ class ParsedBlock(BlockSettings):
         return copy.deepcopy(act)
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
-        """Return the wrapped experts and the shared expert. The shared expert is None if the block has none or a
-        wrapper contains it."""
+        """Return the wrapped experts and the shared expert. The shared expert is None if the block has no shared expert
+        or if a wrapper contains it."""
         if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:

@@ -153,7 +153,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def averages_shared_expert(self) -> bool:
-        """Whether the block averages the output of the routed experts with that of the shared expert."""
+        """Whether the block averages the routed experts' output with the shared expert's output."""
         averages = find_attribute(self.module, "shared_expert_combination_strategy") == "average"
         return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 

@@ -16,7 +16,7 @@ STYLE_NAME = "mixture_of_experts"
 
 
 class StyleName(str):
-    """The name of a parallel style, used in plans and in the registry of styles.
+    """The name of a parallel style, used in parallel plans and in the style registry.
 
     The name compares equal to "ep_dispatch_experts", which `transformers` checks for in three places to detect experts
     that receive tokens from other ranks. Its hash is different, so that a dictionary lookup finds this package's style.

@@ -15,7 +15,8 @@ from mixture_of_experts.support.private_torch import get_original_class
 
 
 def fast_lora(model: ModelT) -> ModelT:
-    """Apply the LoRA factors of stacked experts directly to their inputs, instead of materializing `W + scaling B A`.
+    """Apply the LoRA factors of stacked experts directly to the experts' inputs, instead of materializing
+    `W + scaling B A`.
 
     By default, PEFT wraps each stacked weight in `target_parameters` and recomputes the adapted weights of all experts
     in every forward pass. After `fast_lora`, `Experts` and `GatedExperts` multiply each expert's rows by its low-rank
@@ -92,9 +93,9 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     adapters.
 
     PEFT adapts parameters, but quantized weights are not parameters. Inside this context, quantized weights appear as
-    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but no values, and use no memory.
-    Call `fast_lora` afterwards, because adapters on quantized experts require it. Without this context, PEFT skips
-    these weights, and a `transformers` model then raises an error in its first forward pass.
+    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but contain no data and use no
+    memory. Call `fast_lora` afterwards, because adapters on quantized experts require it. Without this context, PEFT
+    skips these weights, and a `transformers` model then raises an error in its first forward pass.
 
     Args:
         model: a model with `QuantizedExperts`. The model may already have PEFT adapters.

@@ -18,7 +18,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
-    """Merge LoRA adapters into a saved model with experts. The result is the same as with PEFT's
+    """Merge LoRA adapters into a saved MoE model. The result is the same as with PEFT's
     `merge_and_unload(safe_merge=True)`.
 
     PEFT copies all adapted weights at once, whereas this function copies one layer at a time.

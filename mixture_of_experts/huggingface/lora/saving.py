@@ -68,9 +68,9 @@ def save_adapter(
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a `PeftModel`.
-        ValueError: `adapter` or `layout` does not exist, the adapter is not a LoRA adapter or does not adapt any
-            experts, PEFT skipped some of its `target_parameters`, the adapter contains weights of a module that has no
-            counterpart in the stock model, or the layout cannot represent the adapter. Nothing is written in these
+        ValueError: `layout` is unknown; `adapter` does not exist, is not a LoRA adapter or does not adapt any experts;
+            PEFT skipped some of its `target_parameters`; the adapter contains weights of a module that has no
+            counterpart in the stock model; or the layout cannot represent the adapter. Nothing is written in these
             cases.
 
     Example:
@@ -249,7 +249,7 @@ def find_wrappers(adapted: Any) -> dict[str, Any]:
 
 
 def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> Any:
-    """Return a LoRA configuration in which every scaling factor is 1, so that scaling is correct even for readers that
+    """Return a LoRA configuration in which every scaling factor is 1, so that scaling is correct even in engines that
     ignore `rank_pattern` and `alpha_pattern`."""
     from peft import LoraConfig
 
@@ -261,8 +261,8 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so those
-    without an adapter are filled with zeros."""
+    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so
+    projections without an adapter get factors of zeros."""
     if found.whole_modules:
         raise ValueError(
             f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which engines do "

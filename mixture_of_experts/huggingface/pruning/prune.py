@@ -68,7 +68,7 @@ def prune(
 
     Raises:
         TypeError: the experts of a router cannot be pruned, or an argument has the wrong type. The error message names
-            the router and the reason.
+            the router and states the reason.
         ValueError: an argument has an invalid value, a layer receives no tokens from the calibration data, or the
             model's weights are not in memory. The model is not changed in these cases.
 

@@ -60,7 +60,7 @@ class Adapter:
     halves: GateUpOrder = "gate_up"
 
     def linears(self) -> dict[str, str]:
-        """Return the paths of the linear layers. The keys "1", "2" and "3" are the numbers in the names of the
+        """Return the paths of the linear layers. The keys "1", "2" and "3" match the numbers in the names of the
         corresponding expert weights."""
         paths = {"1": self.gate or self.up, "2": self.down}
         return paths if self.gate is None else {**paths, "3": self.up}
@@ -210,8 +210,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     """Raise TypeError if a layer is neither a plain linear layer nor GPT-2's `Conv1D`, which stores its weight as
     `(in, out)`.
 
-    With `slot`, layers with a custom `forward` are also rejected, because their outputs cannot be verified without
-    running the module.
+    If `slot` is True, layers with a custom `forward` are also rejected, because their outputs cannot be verified
+    without running the module.
     """
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()

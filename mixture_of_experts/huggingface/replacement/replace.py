@@ -458,7 +458,7 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
 
 
 class One(nn.Module):
-    """A module that returns 1, used in place of a module whose output is a factor."""
+    """A module that returns 1 and replaces a module whose output is used as a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())

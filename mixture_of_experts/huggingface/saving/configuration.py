@@ -5,7 +5,7 @@
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package, `AutoConfig` and all other Auto classes reject this model type. If this package is imported,
+Without this package, `AutoConfig` and all other Auto classes reject this model type. Once this package is imported,
 `AutoConfig` returns the dense configuration, with `ExpertsLoader` as the quantizer. A model's own class also finds
 `dense_config`, because it looks for a sub-configuration with its own `model_type`.
 """
@@ -33,7 +33,7 @@ UNSTACKED_FORM = {"class": "UnstackedExperts"}  # the entry that describes unsta
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
+    """Reads the configuration of a saved MoE model, and returns the configuration of the dense model."""
 
     model_type = MODEL_TYPE
 

@@ -75,8 +75,7 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Export a saved model with experts as a stock model. The weights have the same names as in checkpoints of the
-    stock class.
+    """Export a saved MoE model as a stock model. The weights have the same names as in checkpoints of the stock class.
 
     A model that `from_transformers` converted is converted back, as in `to_transformers`.
 
@@ -119,8 +118,8 @@ def rewrite_folder(
 
     The new folder contains the weights that `change` returns for the layers at `paths`, the model's other weights,
     which `read` returns, and copies of the source's other files, such as the tokenizer. `finish` may modify the folder
-    before it is renamed. If the process is killed by SIGKILL, a folder `.NAME.xxxx.unfinished` without `config.json`
-    remains.
+    before it is renamed. If the process is killed by SIGKILL, a folder named `.NAME.xxxx.unfinished` without
+    `config.json` remains.
     """
     if target.exists():
         raise FileExistsError(f"{target} already exists; choose another name, or remove it")
@@ -264,8 +263,8 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def add_layer(self, weights: Mapping[str, Tensor]) -> None:
-        """Add the weights of a layer. If the file cannot hold another layer of this size, it is written immediately, so
-        that these weights are freed before the next layer is converted."""
+        """Add the weights of a layer. If the current file cannot hold another layer of this size, it is written
+        immediately, so that these weights are freed before the next layer is converted."""
         self.add_weights(weights)
         size = sum(value.nbytes for value in weights.values())
         if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:

@@ -1,4 +1,4 @@
-"""Loads saved models with experts through the `from_pretrained` methods of `transformers`.
+"""Loads saved MoE models through the `from_pretrained` methods of `transformers`.
 
 The loader uses the quantizer interface of `transformers`, because a quantizer can modify a model before its weights are
 loaded. The loader does not quantize anything.
@@ -87,7 +87,7 @@ def from_pretrained(
 ) -> Any:
     """Load a model that was modified by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
 
-    If this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
+    Once this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
     addition, this function accepts a custom gate and adapters.
 
     Args:

@@ -121,9 +121,9 @@ def finish_loading(model: Any, repack: bool = True) -> None:
     """Finish loading a model after `transformers` has loaded its weights.
 
     Raise ValueError if the checkpoint lacks any of the layers' weights, which `transformers` would leave uninitialized.
-    Weights that a `device_map` offloaded to disk are not checked. With `repack`, 4-bit weights in another layout are
-    copied to the layout for this machine, whereas weights already in this layout remain memory-mapped. Gates are set up
-    to balance load across the data-parallel ranks, and the model is set up to save weights under its own names,
+    Weights that a `device_map` offloaded to disk are not checked. If `repack` is True, 4-bit weights in another layout
+    are copied to the layout for this machine, whereas weights already in this layout remain memory-mapped. Gates are
+    set up to balance load across the data-parallel ranks, and the model is set up to save weights under its own names,
     regardless of the names in the files.
     """
     model.name_or_path = model.config.name_or_path
