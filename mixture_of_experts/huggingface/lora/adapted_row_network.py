@@ -93,12 +93,12 @@ class GradientLayout(AdaptedLayout):
     grads: dict[str, Tensor]
 
     def outer_products(self, x: Tensor, y: Tensor, out: object) -> None:
-        """Store the gradients of the low-rank factors of `w_out` instead of the gradient of `w_out` itself. The rows
-        `y` are already multiplied by the router weights."""
+        """Store the gradients of `w_out`'s low-rank factors, not the gradient of `w_out` itself. The rows `y` are
+        already multiplied by the router weights."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        """Compute the tokens' gradients, and store the gradients of the low-rank factors of `w_in`."""
+        """Compute the tokens' gradients, and store the gradients of `w_in`'s low-rank factors."""
         total = super().multiply_and_sum(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather_rows(self.x) if adapted else self.x

@@ -198,8 +198,8 @@ def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """Return a dropout as a module, given the path of a module, the path of a rate, or a rate. Return None if the
-    dropout is inactive."""
+    """Return a dropout as a module, given a module's path, a rate's path, or a rate. Return None if the dropout is
+    inactive."""
     found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None

@@ -105,7 +105,7 @@ class ExportPlan(NamedTuple):
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all other weights of the exported model, given the state dict of the original. No two of the returned
+        """Return all other weights of the exported model, given the original model's state dict. No two of the returned
         weights share memory. A tied head is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
