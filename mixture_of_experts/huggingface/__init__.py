@@ -1,5 +1,5 @@
-"""Mixture-of-experts layers for `transformers` models: replacing or upcycling feed-forward networks, training, saving
-and loading."""
+"""Adds mixture-of-experts layers to `transformers` models by replacing or upcycling feed-forward networks, and supports
+training, saving and loading the modified models."""
 
 from mixture_of_experts.huggingface.blocks.backend import experts_forward
 from mixture_of_experts.huggingface.blocks.model_conversion import from_transformers, to_transformers

@@ -1,5 +1,5 @@
-"""Commands for saved models, run as `python -m mixture_of_experts.huggingface COMMAND IN OUT`. COMMAND is `convert`,
-`quantize`, `upcycle`, `prune`, `merge` or `export`."""
+"""Command-line tools for saved models: `python -m mixture_of_experts.huggingface COMMAND IN OUT`, where COMMAND is
+`convert`, `quantize`, `upcycle`, `prune`, `merge` or `export`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def parse_size(text: str) -> int:
 
 
 def parse_gate(text: str) -> GateFactory:
-    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs it."""
+    """Parse a gate expression such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs the
+    gate."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -56,14 +57,15 @@ def parse_gate(text: str) -> GateFactory:
 
 
 def parse_dtype(text: str) -> torch.dtype:
-    """Parse a dtype such as `bfloat16`."""
+    """Parse the name of a dtype, such as `bfloat16`."""
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected the dtype to be one of {', '.join(DTYPES)}, but got {text!r}")
     return getattr(torch, text)
 
 
 def parse_scores(text: str) -> Any:
-    """Return "random" unchanged, or read scores or expert ids, keyed by gate name, from a file."""
+    """Return "random" unchanged. Treat any other text as a path, and read scores or expert ids, keyed by gate name,
+    from this file."""
     if text == "random":
         return text
     try:

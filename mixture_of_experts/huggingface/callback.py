@@ -1,4 +1,4 @@
-"""`Trainer` callbacks that log routing statistics and that update expert biases after each optimizer step."""
+"""`Trainer` callbacks that log routing statistics and update expert biases."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 class RoutingCallback(TrainerCallback):
     """A callback that adds routing statistics to the Trainer's logs. The statistics cover all micro-batches of the last
-    optimizer step in which any gate ran.
+    optimizer step in which at least one gate ran.
 
-    `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped
-    choices) are averaged over layers. `routing/max_load` is the highest expert load in any layer (1 is balanced), and
-    `routing/dead_experts` is the total number of dead experts. Layers whose gates did not run in this step are ignored.
-    The callback supports models with `MoE` layers and the MoE models of `transformers`.
+    `routing/balance` (1 means balanced), `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped
+    choices) are averaged over layers. `routing/max_load` is the highest expert load in any layer (1 means balanced),
+    and `routing/dead_experts` is the total number of dead experts. Layers whose gates did not run in this step are
+    ignored. The callback supports models with `MoE` layers as well as `transformers` MoE models.
 
     Use `log_routing` to add this callback to a Trainer. If this callback were passed to the Trainer's constructor, it
     would run after the reporting callbacks, and the statistics would appear only in `log_history`.

@@ -1,4 +1,4 @@
-"""`MoEFeedForward`, the module that replaces a feed-forward network.
+"""Defines `MoEFeedForward`, the module that replaces a feed-forward network.
 
 Axes: b (sequences), n (tokens of a sequence), d (model dimension).
 """
@@ -27,7 +27,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall
 
 
 class ModelCall(ForwardCall):
-    """The state of a running forward pass of the enclosing model.
+    """The state of the enclosing model's current forward pass.
 
     Args:
         tokens: metadata of the tokens in the forward pass.
@@ -87,16 +87,16 @@ class Replaced(nn.Module):
 class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
 
-    During a forward pass of the enclosing model, this module receives the padding mask, receives token ids if its gate
-    reads them, and reports its auxiliary loss to the model (see `model_watch.py`). Outside of such a pass, neither a
-    mask nor token ids are available, and the auxiliary loss is discarded.
+    During a forward pass of the enclosing model, this module receives the padding mask and, if its gate reads them, the
+    token ids. It reports its auxiliary loss to the model (see `model_watch.py`). Outside such a pass, no mask or token
+    ids are available, and the auxiliary loss is discarded.
 
     Args:
         moe: the `MoE` layer.
         dropout: the dropout module applied to the layer's output, if the dense network had one.
         masked: whether the enclosing model's mask applies to this module's tokens.
-        replaced_path: path of the linear layer for which a `Replaced` placeholder is inserted, relative to this module.
-            If `replaced_path` is "", this module itself is the placeholder.
+        replaced_path: path, relative to this module, of the linear layer for which a `Replaced` placeholder is
+            inserted. If `replaced_path` is "", this module itself is the placeholder.
 
     Shape:
         The input has shape `(b, n, d)`, or `(b n, d)` if it is flattened. The output has the same shape as the input.
@@ -133,8 +133,7 @@ class MoEFeedForward(Replaced):
         return (out, *state) if side_inputs else out
 
     def _collect_aux_loss(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
-        """Add the auxiliary loss to the model's call, and register hooks that record whether gradients reach the
-        loss."""
+        """Add the auxiliary loss to `call`, and register hooks that record whether gradients reach the loss."""
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
@@ -171,7 +170,7 @@ class MoEFeedForward(Replaced):
 
     def _check_checkpointing(self, call: ModelCall) -> None:
         """Raise RuntimeError if this module runs under activation checkpointing other than the model's own. A
-        recomputation would have neither the mask nor the token ids."""
+        recomputation would lack both the mask and the token ids."""
         if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
         if is_in_activation_checkpoint(call.frame):
@@ -212,7 +211,7 @@ class MoEFeedForward(Replaced):
 
 
 class LogitsCall(ForwardCall):
-    """The state of a running call to a gate whose logits the model returns.
+    """The state of a gate's current forward pass in a model that returns the gate's logits.
 
     Args:
         x: the tokens as the stock block's router would receive them.
@@ -226,7 +225,7 @@ class LogitsCall(ForwardCall):
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
-    """A forward hook for gates that adds the logits `(t, e)` of all tokens to those that `transformers` collects.
+    """A forward hook that adds a gate's logits `(t, e)` for all tokens to the logits that `transformers` collects.
 
     The hook computes these logits itself, because the gate's own logits may be grouped, contain additional tokens, or
     lack the padding tokens.
@@ -241,7 +240,7 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
 
 
 class SparseFeedForward(MoEFeedForward):
-    """A `MoE` layer that replaces a sparse block of `transformers` and keeps its call signature.
+    """A `MoE` layer that replaces a `transformers` sparse block and keeps the block's call signature.
 
     Args:
         block: the class name of the replaced block.
@@ -250,9 +249,9 @@ class SparseFeedForward(MoEFeedForward):
         settings: the remaining arguments of `MoEFeedForward`.
 
     Shape:
-        The same as for `MoEFeedForward`, with two exceptions. If the replaced block also returned router scores, the
-        output is (tokens, None). If the block's router takes a state as an additional input, the output is (tokens,
-        state).
+        The shapes are the same as for `MoEFeedForward`, with two exceptions. If the replaced block also returned router
+        scores, the output is (tokens, None). If the block's router takes a state as an additional input, the output is
+        (tokens, state).
     """
 
     reports: bool = False
@@ -312,11 +311,11 @@ def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
 
 
 def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
-    """Return all `MoEFeedForward` modules of a model in model order. The model may be wrapped.
+    """Return all `MoEFeedForward` modules in a model, in the same order as `model.modules()`. The model may be wrapped.
 
-    This function runs in every forward pass, and therefore once per token during decoding. To be faster than
-    `model.modules()`, it visits neither modules without children nor the parts of a `MoEFeedForward`, which contain no
-    other one.
+    This function runs in every forward pass, and therefore once per token during decoding. It is faster than
+    `model.modules()`, because it skips modules without children and does not descend into a `MoEFeedForward`, which
+    cannot contain another one.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

@@ -28,26 +28,26 @@ class ReplayRouting:
 
     List this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`.
 
-    The mixin records the experts that the model chooses while the trainer generates. If an inference engine generates
-    the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and completions
-    in an additional field "routed_experts". Its value is a `RoutingRecords` object, or a list of the objects that
-    `RoutingRecords.from_requests` accepts.
+    The mixin records the experts that the model chooses while the trainer generates completions. If an inference engine
+    generates the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and
+    completions in an additional field named "routed_experts". Its value is a `RoutingRecords` object, or a list of the
+    objects that `RoutingRecords.from_requests` accepts.
 
-    The choices are replayed in every forward pass that computes log-probabilities of these completions: in all
-    mini-batches and iterations of training, when old log-probabilities are computed, and in evaluation. The last token
+    The choices are replayed in every forward pass that computes log-probabilities of these completions: during training
+    (in all mini-batches and iterations), when old log-probabilities are computed, and during evaluation. The last token
     of a completion was never an input to the model, so the gates choose its experts. A separate reference model makes
     its own choices. With PEFT, the reference model is the model without its adapter. This reference model also replays
     the choices, but uses its own router weights.
 
     Raises:
         ValueError: raised by the constructor if the model has no gate or the trainer uses an unsupported generation
-            method (tools, or vLLM or continuous batching without `rollout_func`). Raised during training if generation
-            does not use a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a
-            prompt has images, or if log-probabilities with gradients are computed in chunks or twice before a backward
-            pass.
-        TypeError: raised when a subclass that lists this class after the trainer is defined. Raised by the constructor
-            if the trainer lacks a TRL method that this class needs, or if the choices or weights of a gate cannot be
-            recorded.
+            method (tools; vLLM or continuous batching without `rollout_func`). Also raised during training if
+            generation does not use a cache, if `rollout_func` returns no choices or choices that do not match its
+            tokens, if a prompt contains images, or if log-probabilities with gradients are computed in chunks or twice
+            before a backward pass.
+        TypeError: a subclass lists this class after the trainer (raised when the subclass is defined). Also raised by
+            the constructor if the trainer lacks a TRL method that this class needs, or if a gate's choices or weights
+            cannot be recorded.
     """
 
     #: whether to record and replay weights in addition to choices; set it in your subclass

@@ -17,8 +17,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
-    """Return the model whose arguments describe the tokens, given a list of nested modules that starts with the
-    outermost.
+    """Return the model whose arguments describe the tokens, given a list of nested modules, outermost first.
 
     This is the innermost `transformers` model that reads an attention mask for these tokens. If no model reads one,
     return the innermost model, or None if there are no models.
@@ -94,9 +93,9 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
 def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
     """Return the document id of each token in packed rows, as an integer tensor `(b, n)`.
 
-    Documents are identified in the same way as in the attention of `transformers`: from `seq_idx`, from the cumulative
-    lengths of a single row, or from positions that do not increase by one. Return None if there is a mask or a cache,
-    or if the values can be read on the host and show that the rows are not packed.
+    Documents are identified in the same way as in `transformers` attention: from `seq_idx`, from the cumulative lengths
+    of a single row, or from positions that do not increase by one. Return None if there is a mask or a cache, or if the
+    values can be read on the host and show that the rows are not packed.
     """
     b, n = shape
     if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
@@ -134,7 +133,7 @@ def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
-    """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as one number for all
+    """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as a single number for all
     sequences."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:

@@ -52,11 +52,11 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Return the sum of the auxiliary losses from a model's last forward pass in this thread, in training or eval mode.
 
     The result is a differentiable 0-dim tensor. During a forward pass, it contains the losses of the layers that have
-    already run. If you compute the loss yourself, add this sum to it. If you pass labels in a training forward pass
-    with gradients, `out.loss` already includes the sum.
+    already run. If you compute the loss yourself, add this sum to it. If you pass labels during training with gradients
+    enabled, `out.loss` already includes the sum.
 
     Args:
-        model: a model that `replace_ffn` or `upcycle` changed. The model may be wrapped.
+        model: a model modified by `replace_ffn` or `upcycle`. The model may be wrapped.
 
     Raises:
         RuntimeError: the model has not run a forward pass in this thread.
@@ -85,8 +85,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 class LastCall(threading.local):
-    """For each thread, stores the `ModelCall` of the last completed outermost forward pass. Copies of a model start
-    with an empty call."""
+    """Stores the `ModelCall` of the last completed outermost forward pass, separately for each thread. Copies of a
+    model start with an empty call."""
 
     box: list[ModelCall]
 
@@ -131,13 +131,13 @@ def find_last_calls(model: nn.Module) -> list[LastCall]:
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False in
+    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False for
     audio models."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 def find_padding_source(model: nn.Module, name: str) -> nn.Module:
-    """Return the torch layer or model that contains the network at `name` and whose arguments describe its padding."""
+    """Return the enclosing torch layer or model whose arguments describe the padding for the network at `name`."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
     return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
@@ -178,8 +178,8 @@ class ModelWatch(ForwardWatch):
         return call
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
-        """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use those of
-        the enclosing model if they have the same shape."""
+        """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use the
+        enclosing model's token ids, provided that they have the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -189,13 +189,12 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments to pass to the model instead of those from a trainer, and record the trainer's requests
-        in the call.
+        """Return a trainer's arguments, adjusted for the model, and record the trainer's requests in `call`.
 
         With gradient accumulation, the `Trainer` passes the label count of the whole batch with each micro-batch, and
         expects each loss to be the micro-batch's share of the batch loss. Some models nevertheless return a mean over
-        the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the label count
-        of its micro-batch, and its loss is multiplied by the fraction of labels that are in this micro-batch.
+        the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the
+        micro-batch's label count, and its loss is multiplied by the fraction of labels that are in this micro-batch.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
@@ -251,7 +250,7 @@ class ModelWatch(ForwardWatch):
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
-        """Return the value of the output's `aux_loss`, which trainers multiply by a coefficient. If the model has its
+        """Return the value for the output's `aux_loss`, which trainers multiply by a coefficient. If the model has its
         own routers, the value includes their loss."""
         if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
@@ -261,7 +260,7 @@ class ModelWatch(ForwardWatch):
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
     def warn_once(self, call: ModelCall, model: nn.Module) -> None:
-        """Warn once if adapters do not save the routers, and once if the last backward pass reached the networks'
+        """Warn once if adapters do not include the routers, and once if the last backward pass reached the networks'
         outputs but not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
             check_adapters_loaded(model)
@@ -301,7 +300,7 @@ def check_adapters_loaded(model: nn.Module) -> None:
 
 
 def warn_unsaved_routers(model: nn.Module) -> None:
-    """Warn if a model was never saved to a folder and its PEFT adapters do not save its routers."""
+    """Warn if a model was never saved to a folder and its PEFT adapters do not include its routers."""
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(

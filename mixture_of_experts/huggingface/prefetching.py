@@ -1,8 +1,8 @@
 """Prefetches the chosen experts of a memory-mapped model by requesting all of their weights before the experts run.
 
 Without prefetching, the operating system reads a mapped weight page by page when it is first used, and handles one
-request after another. The operating system also reads ahead beyond each page, including pages of experts that were not
-chosen. If the disk's `read_ahead_kb` is large, each read-ahead can cover megabytes.
+request at a time. Read-ahead also fetches neighboring pages, including those of experts that were not chosen. If the
+disk's `read_ahead_kb` is large, each read-ahead can cover megabytes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
     Raises:
         OSError: the operating system is not Linux.
         ValueError: no expert weights are mapped from a file. `from_pretrained` maps the weights if it loads a folder
-            written by this package onto the CPU in the dtype of its files. In addition, 4-bit weights must be stored in
-            the layout for this machine.
+            written by this package onto the CPU with the dtype stored in its files. In addition, 4-bit weights must be
+            stored in the layout for this machine.
 
     Example:
         >>> import tempfile
@@ -82,7 +82,7 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
 
 
 def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
-    """For each stack of experts, return the names of the weights that are mapped from a file."""
+    """Return the names of the weights that are mapped from a file, keyed by the experts that contain them."""
     files = MappedFiles.read()
     return {
         module: [name for name, weight in get_named_tensors(module, recurse=False).items() if files.contains(weight)]

@@ -1,6 +1,6 @@
 """Wraps the PEFT internals that this package relies on. Only `find_renamed_weights` imports PEFT.
 
-`tests/huggingface/test_private_peft.py` shows which internals a new PEFT version breaks.
+`tests/huggingface/test_private_peft.py` shows which of these internals break in a new PEFT version.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Return whether a module is a PEFT wrapper, which means that its class or one of its base classes is defined in
-    PEFT."""
+    """Return whether a module is a PEFT wrapper, that is, whether its class or a base class is defined in PEFT."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
@@ -36,8 +35,8 @@ def get_active_copy(wrapper: Any) -> nn.Module:
 
 
 def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is the one
-    that runs. Return None if `module` is not such a wrapper."""
+    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is active.
+    Return None if `module` is not such a wrapper."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return None
@@ -47,8 +46,8 @@ def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
 
 
 def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the given model tensors that the model's adapter files will not contain. In addition to
-    adapter weights, these files contain the modules in `modules_to_save`. Return [] if the model has no adapters."""
+    """Return the names of the given tensors that are not saved in the model's adapter files. In addition to adapter
+    weights, these files contain the modules in `modules_to_save`. Return [] if the model has no adapters."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
     return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
@@ -66,7 +65,7 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Return whether the adapter of a stacked weight multiplies tokens by B before A. Otherwise, A is applied first."""
+    """Return whether a stacked weight's adapter multiplies tokens by B before A. Otherwise, A is applied first."""
     return wrapper._did_swap_in_out_features
 
 
@@ -106,8 +105,8 @@ def strip_wrappers(name: str) -> str:
 
 
 def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
-    """Return the adapter weights that PEFT would look up under names that do not exist in the model. The values are the
-    weights' names in the model, and the keys are the names that PEFT would use.
+    """Return the adapter weights that PEFT would look up under names that do not exist in the model. The keys are the
+    names that PEFT would use, and the values are the weights' names in the model.
 
     When PEFT loads an adapter, it applies the weight conversions of the model's class to the names in the file. These
     names do not contain the adapter's name.

@@ -1,6 +1,6 @@
 """Wraps all undocumented APIs of `transformers` and accelerate that this package uses.
 
-`tests/huggingface/test_private_transformers.py` shows which of these APIs a new version breaks.
+`tests/huggingface/test_private_transformers.py` shows which of these APIs break in a new version.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def map_to_published_names(model: nn.Module, weights: Mapping[str, Tensor]) -> d
 
 
 def clear_weight_conversions(model: nn.Module) -> None:
-    """Make a model that was created from a state dict save its weights with the names in its class's checkpoints."""
+    """Make a model created from a state dict save its weights under the names that its class's checkpoints use."""
     vars(model).pop("_weight_conversions", None)
 
 
@@ -171,7 +171,7 @@ def set_checkpoint_function(module: nn.Module, function: Any) -> None:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Return whether position i predicts label i + 1, according to the rule that the `Trainer` applies."""
+    """Return whether position i predicts label i + 1, according to the `Trainer`'s rule."""
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 

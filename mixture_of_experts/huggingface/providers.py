@@ -1,4 +1,5 @@
-"""Providers for `transformers` and PEFT. `mixture_of_experts.providers` imports this module when it is first needed."""
+"""Providers that describe `transformers` models and PEFT wrappers to the rest of this package.
+`mixture_of_experts.providers` imports this module when it is first needed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ TOKENWISE_CLASSES = (
 
 
 class TransformersProvider(Provider):
-    """A provider that describes the sparse blocks and the models of `transformers`."""
+    """A provider that describes `transformers` models and their sparse blocks."""
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         recipe = find_recipe(block)
@@ -53,7 +54,7 @@ class TransformersProvider(Provider):
 
 
 class PeftProvider(Provider):
-    """A provider that describes the module wrappers of PEFT."""
+    """A provider that describes PEFT's module wrappers."""
 
     gate_remedy: str | None = "PEFT can train a router only with modules_to_save=['gate']"
 

@@ -63,7 +63,7 @@ def find_text_config(model: nn.Module) -> Any:
 
 
 def has_own_routers(config: Any) -> bool:
-    """Return whether the stock models with this type of configuration have their own routers."""
+    """Return whether stock models with this configuration class have their own routers."""
     return hasattr(type(config), "output_router_logits")
 
 

@@ -1,1 +1,1 @@
-"""Reads and converts the sparse blocks of `transformers`, and runs their experts with the implementations in `ops`."""
+"""Reads and converts `transformers` sparse blocks, and runs their experts with the implementations in `ops`."""

@@ -30,11 +30,11 @@ BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts that a router chose for each token, and return the weighted sums of their outputs.
 
-    Tokens and outputs have shape `(t, d)`. Expert ids and router weights have shape `(t, k)`. Ids greater than or equal
-    to e are skipped.
+    Tokens and outputs have shape `(t, d)`. Expert ids and router weights have shape `(t, k)`. Expert ids greater than
+    or equal to e are skipped.
 
-    The function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
-    `has_post_expert_norm`, and classes that define their own `_apply_gate`.
+    This function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
+    `has_post_expert_norm`, as well as classes that define their own `_apply_gate`.
 
     Raises:
         TypeError: the weights are quantized or sharded.
@@ -69,8 +69,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
-    """Return the experts' activation and their gate/up layout, as arguments for `moe_ffn`. If possible, the activation
-    is one that `ops` supports."""
+    """Return the experts' activation and their gate/up layout, as arguments for `moe_ffn`. Where possible, the
+    activation is replaced with one that `ops` supports."""
     if not experts.has_gate or has_default_gating(experts):
         activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
         return activation, "concatenated" if experts.has_gate else None
@@ -83,7 +83,7 @@ def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
 class CustomGating(nn.Module):
     """Applies the experts' own gating function to separate gate and up tensors.
 
-    This is a module because `torch.compile` cannot read the signature of a nested function.
+    This is a module rather than a nested function, because `torch.compile` cannot read a nested function's signature.
     """
 
     def __init__(self, experts: Any, gate_up: str) -> None:

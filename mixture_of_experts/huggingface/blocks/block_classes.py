@@ -1,4 +1,4 @@
-"""Maps the recipes of this package to `transformers` sparse blocks, and lists the attributes in which blocks store
+"""Maps this package's recipes to `transformers` sparse blocks, and lists the attributes in which these blocks store
 their settings, weights and modules."""
 
 from __future__ import annotations

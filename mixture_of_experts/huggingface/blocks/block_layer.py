@@ -38,8 +38,8 @@ class ParsedBlock(BlockSettings):
     """A sparse block and the equivalent `MoE` layer.
 
     Attributes:
-        layer: a layer with the same dimensions and settings as the block. Modules of the block that a `MoE` can use
-            unchanged are shared. All other weights are on the meta device.
+        layer: a layer with the same dimensions and settings as the block. The layer shares any of the block's modules
+            that a `MoE` can use unchanged. All of its other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
@@ -98,8 +98,8 @@ class ParsedBlock(BlockSettings):
         return copy.deepcopy(act)
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
-        """Return the wrapped experts and the shared expert. The shared expert is None if the block has none or a
-        wrapper contains it."""
+        """Return the wrapped experts and the shared expert. The shared expert is None if the block has no shared expert
+        or if a wrapper contains it."""
         if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:

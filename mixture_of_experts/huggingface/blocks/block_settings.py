@@ -45,8 +45,7 @@ def find_recipe(block: nn.Module) -> str | None:
 
 
 class BlockSettings(ExternalRouter):
-    """The router settings of a sparse block. If the block does not store a setting, it comes from the block's
-    recipe."""
+    """The router settings of a sparse block. Settings that the block does not store are taken from its recipe."""
 
     module: Any
     recipe: Recipe
@@ -68,8 +67,8 @@ class BlockSettings(ExternalRouter):
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """Look up the attribute for `role` in the router first, then in the block. Return None if neither has such an
-        attribute."""
+        """Look up the attribute for `role`, first in the router and then in the block. Return None if neither has such
+        an attribute."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
@@ -106,7 +105,8 @@ class BlockSettings(ExternalRouter):
 
     @property
     def capacity(self) -> int | None:
-        """The expert capacity for each sequence, independent of its length, or None if no tokens are dropped."""
+        """The expert capacity for each sequence, which does not depend on the sequence length, or None if no tokens are
+        dropped."""
         return find_attribute(self.router, "expert_capacity")
 
     @property
@@ -126,7 +126,8 @@ class BlockSettings(ExternalRouter):
 
     @property
     def experts_of_id(self) -> Any:
-        """The experts assigned to each token id, as `(v, k)`, or None if the router does not choose by token id."""
+        """The ids of the experts assigned to each token id, with shape `(v, k)`, or None if the router does not choose
+        experts by token id."""
         return self.read_attribute("experts_of_id")
 
     @property
@@ -152,7 +153,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def averages_shared_expert(self) -> bool:
-        """Whether the block averages the output of the routed experts with that of the shared expert."""
+        """Whether the block averages the routed experts' output with the shared expert's output."""
         averages = find_attribute(self.module, "shared_expert_combination_strategy") == "average"
         return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 

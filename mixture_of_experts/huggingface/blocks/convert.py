@@ -1,4 +1,5 @@
-"""Converts `transformers` sparse blocks to `MoE` layers and back. Only the layout of the weights changes.
+"""Converts `transformers` sparse blocks to `MoE` layers and back. The conversion changes only the layout of the
+weights.
 
 A block's computation is defined by its recipe in `recipes.MODELS` and by the attributes listed in `block_classes.py`.
 
@@ -108,7 +109,7 @@ def concatenate_pieces(pieces: WeightViews) -> Tensor:
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
-    """Read a sparse block. Raise ValueError if its class is unknown or its computation is not supported."""
+    """Read a sparse block. Raise ValueError if the block's class is unknown or its computation is not supported."""
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(

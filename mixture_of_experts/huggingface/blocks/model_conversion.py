@@ -54,18 +54,18 @@ LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 def from_transformers(
     block: nn.Module, *, loss_coef: float | None = None, z_loss_coef: float = 0.0, balance_over: Any = "batch"
 ) -> Any:
-    """Convert a `transformers` sparse block to an equivalent `MoE`, or convert all sparse blocks of a model.
+    """Convert a `transformers` sparse block, or every sparse block in a model, to an equivalent `MoE`.
 
     docs/published_mixtures.md lists the supported blocks and the unsupported features. In Gemma 4, the decoder layer
-    itself holds the router and the experts. For Gemma 4, the `MoE` takes the decoder layer's feed-forward input and
-    returns the experts' output before it is added to the dense network's output.
+    itself holds the router and the experts, so the `MoE` takes the decoder layer's feed-forward input and returns the
+    experts' output before it is added to the dense network's output.
 
-    If `block` is a model, this function replaces its sparse blocks in place, one at a time, and returns the model.
-    Training works as before. With `output_router_logits=True`, set in the configuration or passed as an argument, the
-    model returns router logits and adds its own auxiliary loss to its loss. The auxiliary loss is scaled by the
-    coefficient in the configuration. If `loss_coef` is passed, the layers' losses replace the model's auxiliary loss,
-    as after `replace_ffn`. All losses and statistics ignore padding. The converted model can be saved and loaded like
-    any other. The layers' weights are new tensors, so construct the optimizer afterwards. To restore the stock model,
+    If `block` is a model, this function replaces its sparse blocks in place, one at a time, and returns the model. The
+    model can be trained as before. If `output_router_logits=True` is set in the configuration or passed as an argument,
+    the model returns router logits and adds its own auxiliary loss, scaled by the coefficient in the configuration, to
+    its loss. If `loss_coef` is passed, the layers' losses replace the model's auxiliary loss, as they do after
+    `replace_ffn`. All losses and statistics ignore padding. The converted model can be saved and loaded like any other.
+    The layers' weights are new tensors, so construct the optimizer after the conversion. To restore the stock model,
     call `to_transformers`.
 
     Args:
@@ -107,7 +107,7 @@ def from_transformers(
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     """Copy the weights of a `MoE` into an equivalent `transformers` sparse block, and return the block.
 
-    If `block` is omitted, `moe` must be a model that `from_transformers` changed. The model is converted back to a
+    If `block` is omitted, `moe` must be a model converted by `from_transformers`. The model is converted back to a
     stock model in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a
     block's weights bit for bit.
 
@@ -223,8 +223,8 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class StockPlan(NamedTuple):
-    """A plan for converting a model back to a stock model: the stock model, on the meta device, and the layers that
-    become blocks, keyed by path."""
+    """A plan for converting a model back to a stock model. It contains the stock model on the meta device, and the
+    layers to convert to sparse blocks, keyed by path."""
 
     stock_model: Any
     layers: Mapping[str, Any]
@@ -234,7 +234,7 @@ class StockPlan(NamedTuple):
         return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the weights outside of the layers, which are the same in both models."""
+        """Return the weights outside the layers, which are the same in both models."""
         return state
 
 
@@ -256,7 +256,7 @@ def plan_stock_model(model: PreTrainedModel) -> StockPlan:
 
 
 def plan_stock_export(model: PreTrainedModel) -> StockPlan:
-    """Like `plan_stock_model`, but give the stock model its own configuration, so that it can be saved separately."""
+    """Like `plan_stock_model`, but copy the configuration, so that the stock model can be saved separately."""
     plan = plan_stock_model(model)
     stock = plan.stock_model
     stock.config = copy.deepcopy(model.config)
@@ -292,8 +292,8 @@ def make_meta_stock_model(model: PreTrainedModel) -> Any:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
-    """Move a block from the meta device to the layer's device. Each of its weights has the same dtype as the
-    corresponding weight of the layer, and is frozen if that weight is frozen."""
+    """Move a block from the meta device to the layer's device. Each of the block's weights takes its dtype from the
+    layer's corresponding weight, and is frozen if that weight is frozen."""
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():

@@ -1,4 +1,4 @@
-"""Runs `transformers` MoE models with this package's token exchange, if they are loaded with
+"""Provides this package's token exchange to `transformers` MoE models loaded with
 `DistributedConfig(ep_implementation=EP_IMPLEMENTATION_NAME)`.
 
 Importing this module registers the implementation. The experts themselves run with the model's
@@ -25,7 +25,7 @@ EP_IMPLEMENTATION_NAME = "mixture_of_experts"
 
 class ExchangeImplementation(EPImplementation):
     """An expert-parallel implementation that sends each row to the rank that holds its expert. Router weights are
-    applied after the rows return to the ranks of their tokens.
+    applied after the rows have been returned to the ranks that hold their tokens.
 
     If the calls on different ranks do not match, every rank raises an error that describes both calls.
     """
@@ -38,8 +38,8 @@ class ExchangeImplementation(EPImplementation):
         self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the experts' output `(t, d)` for tokens `(t, d)`, given expert ids and router weights `(t, k)`. Ids
-        greater than or equal to e are skipped."""
+        """Return the experts' output `(t, d)` for tokens `(t, d)`, given expert ids and router weights `(t, k)`. Expert
+        ids greater than or equal to e are skipped."""
         permutation = permute_without_gaps(assign_experts(top_k_index, top_k_weights, self.num_experts))
         assert permutation.rows_per_expert is not None
         rows, training = dispatch(hidden_states, permutation), self.experts.training

@@ -1,5 +1,4 @@
-"""A `transformers` parallel style that shards the experts of this package. Importing this module registers the
-style."""
+"""A `transformers` parallel style that shards this package's experts. Importing this module registers the style."""
 
 from __future__ import annotations
 
@@ -17,11 +16,10 @@ STYLE_NAME = "mixture_of_experts"
 
 
 class StyleName(str):
-    """The name of a parallel style, used in plans and in the registry of styles.
+    """The name of a parallel style, used in parallel plans and in the style registry.
 
-    The name compares equal to "ep_dispatch_experts", the name that `transformers` checks in three places to detect
-    experts that receive tokens from other ranks. The hash is different, so that a dictionary lookup finds the style of
-    this package.
+    The name compares equal to "ep_dispatch_experts", which `transformers` checks for in three places to detect experts
+    that receive tokens from other ranks. Its hash is different, so that a dictionary lookup finds this package's style.
     """
 
     def __hash__(self) -> int:
@@ -35,7 +33,7 @@ EXPERTS_STYLE = StyleName(STYLE_NAME)
 
 
 class ShardedExpertsParallel(EpDispatchExpertsParallel):
-    """A parallel style that shards experts across the `ep` ranks. The ranks of a `tp` group have the same batch, and
+    """A parallel style that shards experts across the `ep` ranks. The ranks in a `tp` group hold the same batch, and
     each rank sends part of it."""
 
     def install_forward(

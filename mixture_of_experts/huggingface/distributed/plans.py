@@ -1,7 +1,6 @@
-"""Adds layers with experts to a model's parallel plans, and sets the process groups of their gates from the model's
-mesh.
+"""Adds `MoE` layers to a model's parallel plans, and sets their gates' process groups from the model's device mesh.
 
-`transformers` reads the plans in `from_pretrained(..., distributed_config=...)`, before it loads the weights.
+`transformers` reads the plans in `from_pretrained(..., distributed_config=...)` before it loads the weights.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def get_block_path(name: str) -> str:
 
 
 def find_remaining_parts(block: nn.Module) -> set[str]:
-    """Return the names of a block's modules and parameters, except those in layers with experts. Numbers are replaced
-    with "*"."""
+    """Return the names of a block's modules and parameters, except those inside `MoE` layers. Numbers in the names are
+    replaced with "*"."""
     named = (*block.named_modules(), *block.named_parameters())
     replaced = [name for name, part in named if isinstance(part, MoEFeedForward | nn.Identity)]
     left = [name for name, _ in named if not any(f"{name}.".startswith(f"{other}.") for other in replaced)]
@@ -53,7 +52,7 @@ def find_remaining_parts(block: nn.Module) -> set[str]:
 
 def set_gate_process_groups(model: Any) -> None:
     """Set the process groups of a model's gates, so that their losses cover all data-parallel ranks. This function has
-    no effect if the model has no mesh from `distributed_config`.
+    no effect if the model has no device mesh from `distributed_config`.
 
     Tensor-parallel ranks process the same tokens, so these tokens are counted only once.
     """

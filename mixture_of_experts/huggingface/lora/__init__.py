@@ -1,4 +1,4 @@
-"""Computes PEFT's LoRA adapters on stacked experts inside the experts' forward pass."""
+"""Applies PEFT's LoRA adapters to stacked experts within the experts' forward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from mixture_of_experts.support.private_torch import get_original_class
 
 
 def fast_lora(model: ModelT) -> ModelT:
-    """Apply the LoRA factors of stacked experts directly to their inputs, instead of materializing `W + scaling B A`.
+    """Apply the LoRA factors of stacked experts directly to the experts' inputs, instead of materializing
+    `W + scaling B A`.
 
     By default, PEFT wraps each stacked weight in `target_parameters` and recomputes the adapted weights of all experts
     in every forward pass. After `fast_lora`, `Experts` and `GatedExperts` multiply each expert's rows by its low-rank
-    factors instead. Outputs and gradients are equal up to rounding, and no gradient is computed for a frozen stack.
-    PEFT still manages the parameters and their names, and it still saves, loads, merges and selects adapters.
+    factors instead. Outputs and gradients match PEFT's up to rounding, and no gradient is computed for frozen stacked
+    weights. PEFT still manages the parameters and their names, and it still saves, loads, merges and selects adapters.
 
     PEFT's own computation is used for weights that are trained along with their adapters, for biases, for slots without
     assignments, and for all modules other than this package's stacked experts. If you later add adapters to other
@@ -92,8 +93,8 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     adapters.
 
     PEFT adapts parameters, but quantized weights are not parameters. Inside this context, quantized weights appear as
-    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but no values, and use no memory.
-    Call `fast_lora` afterwards, because adapters on quantized experts work only with it. Without this context, PEFT
+    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but contain no data and use no
+    memory. Call `fast_lora` afterwards, because adapters on quantized experts require it. Without this context, PEFT
     skips these weights, and a `transformers` model then raises an error in its first forward pass.
 
     Args:

@@ -41,8 +41,8 @@ class LowRankWeight(NamedTuple):
 
 
 class AdaptedNetwork(Network):
-    """The weights of all experts, at least one of which is a `LowRankWeight`. The factors are named after the weight,
-    with the prefix "down." or "up."."""
+    """The weights of all experts, including at least one `LowRankWeight`. Each factor is named after its weight, with
+    the prefix "down." or "up."."""
 
     def get_low_rank_weights(self) -> list[LowRankWeight]:
         """Return the weights that have a low-rank update, starting with those in `w_in`."""

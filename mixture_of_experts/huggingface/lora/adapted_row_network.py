@@ -1,5 +1,5 @@
 """Runs an adapted network on rows sorted by expert, and computes the gradients of its low-rank factors. This module
-uses the functions of `ops.row_network` with matrix products that support low-rank updates.
+reuses the functions in `ops.row_network`, with matrix products that support low-rank updates.
 
 Axes: r (rows), e (experts), p and q (input and output features of a weight), k (rank).
 
@@ -93,12 +93,12 @@ class GradientLayout(AdaptedLayout):
     grads: dict[str, Tensor]
 
     def outer_products(self, x: Tensor, y: Tensor, out: object) -> None:
-        """Store the gradients of the low-rank factors of `w_out`, not of `w_out` itself. The rows `y` are already
-        multiplied by the router weights."""
+        """Store the gradients of `w_out`'s low-rank factors, not the gradient of `w_out` itself. The rows `y` are
+        already multiplied by the router weights."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        """Compute the gradients of the tokens, and store those of the low-rank factors of `w_in`."""
+        """Compute the tokens' gradients, and store the gradients of `w_in`'s low-rank factors."""
         total = super().multiply_and_sum(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather_rows(self.x) if adapted else self.x

@@ -18,7 +18,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
-    """Merge LoRA adapters into a saved model with experts. The result is the same as that of PEFT's
+    """Merge LoRA adapters into a saved MoE model. The result is the same as with PEFT's
     `merge_and_unload(safe_merge=True)`.
 
     PEFT copies all adapted weights at once, whereas this function copies one layer at a time.
@@ -74,8 +74,8 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
 
 def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """For each weight that PEFT adapted, return a function that computes the merged weight. The keys are the names of
-    the weights in the model without adapters."""
+    """Return functions that compute the merged weights, one for each weight that PEFT adapted. The keys are the names
+    of the weights in the model without adapters."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():
         name = strip_wrappers(path)

@@ -1,5 +1,5 @@
-"""Variants of the implementations in `ops` for networks with low-rank updates. Rows are multiplied by the low-rank
-factors, and updates are never added to the weights."""
+"""Variants of the implementations in `ops` for networks with low-rank updates. The rows are multiplied by the low-rank
+factors, so the updates are never added to the weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Checks that the experts receive their adapters when PEFT loads an adapter file into a model with layers of this
-package.
+"""Checks that the experts receive their adapters when PEFT loads an adapter file into a model with this package's
+layers.
 
 PEFT ignores weights in an adapter file if the model has no matching parameter. The experts would then run without the
 adapter, or with an untrained one.
@@ -20,11 +20,11 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     """A `load_state_dict` pre-hook that renames the experts' adapter weights to their names in the model.
 
     When PEFT loads an adapter, it renames the weights according to the checkpoint rules of the model's class. These
-    rules may also match names in layers of this package. For example, the rules of Mistral Large 4 insert `.mlp` before
+    rules may also match names in this package's layers. For example, the rules of Mistral Large 4 insert `.mlp` before
     `.experts.`.
 
     Args:
-        model: a model with layers of this package.
+        model: a model with this package's layers.
         state_dict: the state dict being loaded, which is modified in place.
         prefix: the path of `model` in the module that loads the state dict.
         args: the remaining arguments of a pre-hook, which are ignored.
@@ -57,7 +57,7 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
 
 
 def adds_to_quantized_weight(module: Any) -> bool:
-    """Return whether a module is a wrapper in which PEFT would add an update to a weight of quantized experts."""
+    """Return whether a module is a PEFT wrapper that would add an update to a quantized expert weight."""
     if not isinstance(getattr(module, "parameter_name", None), str) or hasattr(module, "passes_factors"):
         return False
     return is_peft_wrapper(module) and isinstance(module.get_base_layer(), QuantizedExperts)

@@ -49,28 +49,28 @@ def save_adapter(
     """Save a LoRA adapter so that it can be loaded into the stock model that `to_transformers` or `export` creates from
     the base model.
 
-    PEFT's own `save_pretrained` writes an adapter for a model with layers of this package. With the adapter written by
-    `save_adapter`, the stock model returns the same outputs up to rounding. Scaling factors are folded into the
-    weights.
+    PEFT's own `save_pretrained` writes an adapter for a model with this package's layers. With the adapter written by
+    `save_adapter`, the stock model returns the same outputs as `model`, up to rounding. Scaling factors are folded into
+    the weights.
 
     Args:
-        model: a `PeftModel`. The model is not modified. Its base model was changed by `from_transformers`, `upcycle` or
-            `replace_ffn`, or is a stock model with adapters on its stacked experts.
+        model: a `PeftModel`. The model is not modified. Its base model is either a model modified by
+            `from_transformers`, `upcycle` or `replace_ffn`, or a stock model with adapters on its stacked experts.
         folder: the folder in which to save `adapter_config.json` and `adapter_model.safetensors`.
         layout: "peft" writes an adapter that `PeftModel.from_pretrained` loads into the stock model, and that vLLM
             loads for gpt-oss. If both the gate and up projections are adapted, the rank of their joint adapter is the
             sum of the two ranks. "per_expert" writes separate factors for each expert and projection, named as in the
-            checkpoints of the stock class. vLLM reads this layout for all other models. "mixture_of_experts" converts
-            in the opposite direction, and writes an adapter for the model that `from_transformers` creates.
+            stock class's checkpoints. vLLM reads this layout for all other models. "mixture_of_experts" converts in the
+            opposite direction, and writes an adapter for the model that `from_transformers` creates.
         adapter: name of the adapter to save. Default: the active adapter.
         base_model: folder or name of the stock model, which is stored in `adapter_config.json`.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a `PeftModel`.
-        ValueError: `adapter` or `layout` does not exist, the adapter is not a LoRA adapter or does not adapt any
-            experts, PEFT skipped some of its `target_parameters`, the adapter contains weights of a module that has no
-            counterpart in the stock model, or the layout cannot represent the adapter. Nothing is written in these
+        ValueError: `layout` is unknown; `adapter` does not exist, is not a LoRA adapter or does not adapt any experts;
+            PEFT skipped some of its `target_parameters`; the adapter contains weights of a module that has no
+            counterpart in the stock model; or the layout cannot represent the adapter. Nothing is written in these
             cases.
 
     Example:
@@ -215,8 +215,8 @@ def check_loads(stock: Any) -> None:
 def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
     """Combine the updates of w1, w3 and w2 into updates of a stock model's stacked weights.
 
-    Weights without an adapter get an update of zeros. The file must contain both stacked weights, because engines
-    expect both, and the names of an adapter do not indicate which of the two weights it belongs to.
+    The updates of weights without an adapter are zero. The file must contain both stacked weights, because engines
+    expect both and cannot tell from an adapter's names which of the two weights it belongs to.
     """
     whole = complete_updates(found, path, updates)
     first = {name: updates[name] for name in ("w1", "w3") if name in updates} or {"w1": whole["w1"]}
@@ -249,7 +249,7 @@ def find_wrappers(adapted: Any) -> dict[str, Any]:
 
 
 def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> Any:
-    """Return a LoRA configuration in which every scaling factor is 1, so that scaling is correct even for readers that
+    """Return a LoRA configuration in which every scaling factor is 1, so that scaling is correct even in engines that
     ignore `rank_pattern` and `alpha_pattern`."""
     from peft import LoraConfig
 
@@ -261,8 +261,8 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so those
-    without an adapter are filled with zeros."""
+    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so
+    projections without an adapter get factors of zeros."""
     if found.whole_modules:
         raise ValueError(
             f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which engines do "
@@ -287,8 +287,8 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
 
 
 def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Return the updates of all projections of the experts at `path`. Projections without an adapter get an update of
-    zeros."""
+    """Return the updates of all projections of the experts at `path`. The updates of projections without an adapter are
+    zero."""
     left, right = next(iter(updates.values()))
     e, k = len(left), right.shape[1]
     out_dim, in_dim = found.blocks[path].experts.down_proj.shape[1:]
@@ -305,8 +305,8 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
     """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock class.
 
-    To find the names, this function converts a state dict in which identifying numbers replace the weights. If
-    checkpoints of the class contain stacked experts, it returns the per-expert names that vLLM uses.
+    To find the names, this function converts a state dict in which identifying numbers replace the weights. If the
+    class's checkpoints contain stacked experts, this function returns the per-expert names that vLLM uses.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

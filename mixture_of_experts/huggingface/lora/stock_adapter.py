@@ -1,4 +1,4 @@
-"""Converts the adapter of a model with experts to an adapter of the equivalent stock model.
+"""Converts an adapter trained on a model with `MoE` layers to an adapter for the equivalent stock model.
 
 Axes: e (experts), d (model dimension), h (hidden dimension), k (rank).
 """
@@ -34,7 +34,7 @@ LowRankUpdate = tuple[Tensor, Tensor]  # the product of both is added to a weigh
 
 @dataclass
 class StockAdapter:
-    """A LoRA adapter of a stock model. The updates include the scaling factors."""
+    """A LoRA adapter for a stock model. The updates include the scaling factors."""
 
     model: Any  # the stock model on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
@@ -86,8 +86,7 @@ def copy_to_meta(model: nn.Module) -> Any:
 def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
     """Return the equivalent stock model on the meta device, given a model without adapters.
 
-    This is the model that `to_transformers` or `export` would return, or the model itself if it has no layers with
-    experts.
+    This is the model that `to_transformers` or `export` would return, or the model itself if it has no `MoE` layers.
     """
     if not layers:
         return plain
@@ -97,8 +96,8 @@ def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
 
 
 def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[str | None, str]:
-    """Split the path of a module into the path of the layer that contains it and the module's path in that layer.
-    Return (None, path) if no layer contains the module."""
+    """Split a module's path into the path of the layer that contains it and the module's path within that layer. Return
+    (None, path) if no layer contains the module."""
     found = next((name for name in layers if path.startswith(f"{name}.")), None)
     return found, path if found is None else path.removeprefix(f"{found}.")
 
@@ -162,7 +161,7 @@ def add_block(found: StockAdapter, path: str) -> str:
 def add_linear_update(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add the update of a linear layer to `found`. The linear layer must not be in a layer with experts."""
+    """Add the update of a linear layer to `found`. The linear layer must not be inside a `MoE` layer."""
     layer_path, _ = split_layer_path(layers, path)
     theirs = dict(found.model.named_modules()).get(path)
     if layer_path is not None or not isinstance(theirs, nn.Linear) or adapter not in wrapper.lora_A:
@@ -178,7 +177,7 @@ def add_whole_module(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
     """Add a module in `modules_to_save` to `found`. If the module is a gate, it is converted to the block's router.
-    Otherwise, it must be outside of all layers with experts."""
+    Otherwise, it must not be inside a `MoE` layer."""
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
@@ -196,8 +195,8 @@ def add_whole_module(
 
 @torch.no_grad()
 def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Convert the state of a gate to the state of a block's router. The block is on the meta device. Return the
-    router's path and its state."""
+    """Convert a gate's state to the state of a block's router. The block is on the meta device. Return the router's
+    path and its state."""
     block, own = copy.deepcopy(block), get_named_tensors(gate)
     path = find_router(block)
     for tensor in get_named_tensors(block.get_submodule(path).to_empty(device="cpu").double()).values():

@@ -1,1 +1,1 @@
-"""Removes experts from layers, based on how much they contribute on calibration data."""
+"""Removes experts from layers according to their contribution on calibration data."""

@@ -1,4 +1,5 @@
-"""Removes experts from a model with `prune`, and computes the scores of its experts with `expert_scores`."""
+"""Defines `prune`, which removes experts from a model, and `expert_scores`, which computes the scores of a model's
+experts."""
 
 from __future__ import annotations
 
@@ -46,28 +47,28 @@ def prune(
     name.
 
     This function also removes the corresponding columns of the router's weight and the corresponding elements of its
-    bias, its expert bias and its expert counts. All expert groups keep the same number of experts. The order of the
-    remaining experts, k and all other settings are unchanged. The configuration is updated, so that the model can still
-    be saved, loaded and exported. The remaining parameters are new tensors.
+    bias, expert bias and expert counts. All expert groups keep the same number of experts. `k`, the order of the
+    remaining experts and all other settings are unchanged. The configuration is updated, so that the model can still be
+    saved, loaded and exported. The remaining parameters are new tensors.
 
     Args:
-        model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
+        model: any model with `MoE` layers, such as one modified by `upcycle`, `replace_ffn` or `from_transformers`.
             Construct the optimizer and wrap the model (DDP, FSDP2) after pruning.
         keep: number of experts that each layer keeps, which must be at least k.
-        by: which experts to keep. "reap" multiplies the router weight by the norm of the expert's output, and keeps the
-            experts with the largest mean of this product over the tokens that they process (arXiv 2510.13999, equation
-            9). "frequency" keeps the experts that process the most tokens. "random" chooses experts with torch's random
-            generator. With a mapping from gate names to floating-point scores `(e,)`, such as those returned by
-            `expert_scores`, each layer keeps the experts with the largest scores. With a mapping from gate names to
-            expert ids, each layer keeps these experts, and `keep` can be omitted. Layers that are not in the mapping
-            are not changed.
+        by: how to choose the experts to keep. "reap" multiplies the router weight by the norm of the expert's output,
+            and keeps the experts with the largest mean of this product over the tokens that they process (arXiv
+            2510.13999, equation 9). "frequency" keeps the experts that process the most tokens. "random" chooses
+            experts with torch's random generator. If `by` is a mapping from gate names to floating-point scores `(e,)`,
+            such as those returned by `expert_scores`, each layer keeps the experts with the largest scores. If it is a
+            mapping from gate names to expert ids, each layer keeps these experts, and `keep` can be omitted. Layers
+            that are not in the mapping are not changed.
         calibration: batches of data for "reap" and "frequency". Each batch is a tensor, or a dictionary or tuple of the
             model's inputs, on the model's device. Padding is ignored.
         gates: the gates of the layers to prune, specified as names or as modules. Default: all gates.
 
     Raises:
         TypeError: the experts of a router cannot be pruned, or an argument has the wrong type. The error message names
-            the router and the reason.
+            the router and states the reason.
         ValueError: an argument has an invalid value, a layer receives no tokens from the calibration data, or the
             model's weights are not in memory. The model is not changed in these cases.
 
@@ -96,8 +97,8 @@ def plan_pruning(
 ) -> tuple[dict[RouterHandle, list[int]], Callable[[], None]]:
     """Check the arguments of `prune`, and choose the experts that each router keeps. The model is not changed.
 
-    Return the ids of these experts, and a function that updates the model's configuration. This function must be called
-    before the model is saved. Arguments and errors are the same as for `prune`.
+    Return the ids of these experts, and a function that updates the model's configuration. The returned function must
+    be called before the model is saved. Arguments and errors are the same as for `prune`.
     """
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
@@ -208,8 +209,8 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """Return the names of the configuration settings that store the number of experts, and this number before and after
-    pruning.
+    """Return the names of the configuration settings that store the number of experts, along with this number before
+    and after pruning.
 
     Args:
         models: all `transformers` models inside the pruned model, starting with the outermost.

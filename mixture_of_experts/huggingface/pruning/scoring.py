@@ -1,4 +1,4 @@
-"""Scores experts based on forward passes on calibration data.
+"""Computes expert scores from forward passes on calibration data.
 
 Axes: r (rows), e (experts).
 """
@@ -43,7 +43,7 @@ def measure_scores(
 
 def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> Tensor:
     """Register hooks that accumulate the results of `measure_call` for a router's experts, and return the tensor that
-    accumulates them."""
+    holds the sums."""
     total = torch.zeros(2, router.num_experts, dtype=torch.float64)
     last: list[Routing] = []
 

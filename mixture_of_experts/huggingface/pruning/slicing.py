@@ -1,5 +1,5 @@
 """Reduces a layer to a subset of its experts in place. The tensors of the gate and the experts are sliced, and the
-number of experts that modules store is updated.
+number of experts stored in each module is updated.
 
 Axes: e (experts), d (model dimension).
 """
@@ -91,8 +91,7 @@ def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
 
 
 def check_num_kept(router: RouterHandle, number: int) -> None:
-    """Raise ValueError if a router has fewer experts than `number`, or does not support such a small number of
-    experts."""
+    """Raise ValueError if a router cannot keep `number` experts, because it has fewer or requires more."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
     minimum = k + isinstance(gate, NoisyTopKGating)  # smallest number of experts with which the gate works

@@ -67,7 +67,7 @@ class BlockTracer(GraphAppendingTracer):
     """A trace of a module's `forward` in training mode.
 
     Args:
-        bypass: maps the paths of submodules that are not run to the numbers that they return. If the number is None,
+        bypass: maps the path of each submodule that is not run to the number that it returns. If the number is None,
             the submodule returns its input or, if it contains linear layers, random numbers.
     """
 
@@ -98,7 +98,7 @@ class BlockTracer(GraphAppendingTracer):
             self.chains.clear()
 
     def copy_module(self) -> Any:
-        """Return a copy of the module in training mode, in which `call_part` runs the submodules. The copy shares all
+        """Return a copy of the module, in training mode, whose submodules are run by `call_part`. The copy shares all
         attributes except modules, weights and buffers. The copy's weights and buffers have arbitrary values."""
         memo: dict[int, Any] = {}
         for part in self.module.modules():
@@ -117,8 +117,8 @@ class BlockTracer(GraphAppendingTracer):
         return copied
 
     def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a submodule and return its output. The output is random numbers, the result of the submodule's `forward`
-        or, if the submodule is not needed or cannot be run, a symbol."""
+        """Run a submodule and return its output. The output is either random numbers or the result of the submodule's
+        `forward`. If the submodule is not needed or cannot be run, the output is a symbol."""
         self.calls[path].append(args)
         given, before = find_traced_tensors((args, kwargs)), len(self.chains)
         outer = any(map(is_linear_layer, part.modules()))
@@ -178,7 +178,7 @@ class BlockTracer(GraphAppendingTracer):
         return False
 
     def create_arg(self, a: Any) -> Any:
-        """Convert an argument to an operand of a symbol."""
+        """Prepare an argument for use in the traced graph."""
         if isinstance(a, TracedTensor):
             self.source_uses += a.sources
         if isinstance(a, TracedSetting):
@@ -203,12 +203,12 @@ def locate_dropout(settings: Any) -> str | float | None:
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, including quantized linear layers and linear layers with adapters."""
+    """Return whether a module is a linear layer, which may be quantized or have adapters."""
     return all(isinstance(size, int) for size in get_linear_sizes(module))
 
 
 def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
-    """Return the number of input features and the number of output features of a linear layer."""
+    """Return the numbers of input and output features of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

@@ -1,4 +1,5 @@
-"""Locates the parts of dense feed-forward networks with an `Adapter`, and reads their weights with `read_dense_ffn`.
+"""Defines `Adapter`, which locates the parts of a dense feed-forward network, and `read_dense_ffn`, which reads its
+weights.
 
 Axes: d (model dimension), h (hidden dimension), e (experts).
 """
@@ -59,7 +60,7 @@ class Adapter:
     halves: GateUpOrder = "gate_up"
 
     def linears(self) -> dict[str, str]:
-        """Return the paths of the linear layers. The keys "1", "2" and "3" are the numbers in the names of the
+        """Return the paths of the linear layers. The keys "1", "2" and "3" match the numbers in the names of the
         corresponding expert weights."""
         paths = {"1": self.gate or self.up, "2": self.down}
         return paths if self.gate is None else {**paths, "3": self.up}
@@ -93,7 +94,7 @@ class DenseFFN:
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight that has the dtype and device of the network."""
+        """A weight with the network's dtype and device."""
         return self.weights["w1"]
 
     @property
@@ -170,8 +171,8 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError if a model is a wrapper, because the wrapped model is the one that is loaded and saved and that
-    returns a loss."""
+    """Raise ValueError if a model is a wrapper, because the wrapped model must be used for loading, saving and
+    computing the loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
             f"{type(model).__name__} is a wrapper; modify the wrapped model (get_base_model() for PEFT, _orig_mod for "
@@ -197,8 +198,8 @@ def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """Return a dropout as a module, given the path of a module, the path of a rate, or a rate. Return None if the
-    dropout is inactive."""
+    """Return a dropout as a module, given a module's path, a rate's path, or a rate. Return None if the dropout is
+    inactive."""
     found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
@@ -209,8 +210,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     """Raise TypeError if a layer is neither a plain linear layer nor GPT-2's `Conv1D`, which stores its weight as
     `(in, out)`.
 
-    With `slot`, layers with a custom `forward` are also rejected, because their outputs cannot be verified without
-    running the module.
+    If `slot` is True, layers with a custom `forward` are also rejected, because their outputs cannot be verified
+    without running the module.
     """
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
@@ -223,8 +224,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
 
 
 def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
-    """Call unknown code and return the resulting tensor. Return None if the code raises an exception or does not return
-    a tensor."""
+    """Call `compute` and return the resulting tensor. Return None if it raises an exception or does not return a
+    tensor."""
     try:
         out = compute()
     except Exception:

@@ -1,4 +1,4 @@
-"""Finds feed-forward networks in models of unknown classes based on their structure.
+"""Finds feed-forward networks in models of unknown classes by analyzing the networks' structure.
 
 A network consists of two linear layers with an activation between them, or of three linear layers where the outputs of
 two layers are multiplied. The network's input and output have the dimension of the residual stream, its hidden
@@ -177,8 +177,8 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     parts to bypass.
 
     Raises:
-        UnsupportedNetworkError: with the parts bypassed, tokens would not reach the network's last layer unchanged, or
-            other computations of the module would change.
+        UnsupportedNetworkError: bypassing these parts would not pass the tokens unchanged to the network's last layer,
+            or would change other computations of the module.
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]

@@ -70,13 +70,13 @@ def replace_ffn(
     """Replace a model's feed-forward networks in place with `MoE` layers whose experts are newly initialized.
 
     The experts have the same activation, biases, dropout, dtype and device as the original networks. The model's norms,
-    residual connections and return types are unchanged. All losses and statistics ignore padding. In training, the loss
-    that the model returns for labels includes the auxiliary loss (see `aux_loss`). The layers' weights are new tensors,
+    residual connections and return types are unchanged. All losses and statistics ignore padding. If labels are passed
+    during training, the model's loss includes the auxiliary loss (see `aux_loss`). The layers' weights are new tensors,
     so construct the optimizer afterwards. If you want to add PEFT adapters, first save the model and load it again,
     because adapter files do not include the routers.
 
     Args:
-        model: a `transformers` model. Pass the model that computes the training loss, before it is wrapped (PEFT,
+        model: a `transformers` model. Pass the model that computes the training loss, before wrapping it (PEFT,
             `torch.compile`, DDP).
         num_experts: number of experts in each layer.
         k: number of experts per token. Used only by the default gate.
@@ -143,10 +143,10 @@ def upcycle(
     """Replace a model's feed-forward networks with `MoE` layers whose experts are initialized as copies of these
     networks (arXiv 2212.05055).
 
-    Until it is trained, the upcycled model returns the same outputs as the original model up to rounding, unless
-    `noise` or `redraw` is used. This requires that the gate's router weights have the same sum for every token, and
-    that the gate does not drop tokens in eval mode. Experts copied from frozen weights (`requires_grad=False`) are also
-    frozen, but routers are trainable. As with `replace_ffn`, construct the optimizer and add PEFT adapters afterwards.
+    Before training, the upcycled model returns the same outputs as the original model up to rounding, unless `noise` or
+    `redraw` is used. This requires that the gate's router weights have the same sum for every token, and that the gate
+    does not drop tokens in eval mode. Experts copied from frozen weights (`requires_grad=False`) are also frozen, but
+    routers are trainable. As with `replace_ffn`, construct the optimizer and add PEFT adapters afterwards.
 
     With `granularity=g`, each expert is a slice of the network with `h / g` hidden units (arXiv 2410.07524). Experts
     `g i` to `g i + g - 1` are the slices of copy i. All slices of a copy start with equal router weights, so that
@@ -237,7 +237,7 @@ def find_networks(
 
 
 def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNetwork]) -> str:
-    """Describe the reasons why networks of a model cannot be replaced, as part of an error message."""
+    """Describe why networks in a model cannot be replaced, for use in an error message."""
     if unsupported:
         reasons = "; ".join(
             dict.fromkeys(
@@ -252,8 +252,8 @@ def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNet
 
 
 def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]) -> list[UnsupportedNetwork]:
-    """Return the modules in which no network was found, although a network was found in modules of the same class in
-    other blocks."""
+    """Return the modules in which no network was found, although modules of the same class in other blocks contain
+    one."""
     found = {(to_path_pattern(location.name), type(location.module)) for location in locations}
     names = {location.name for location in locations}
     return [
@@ -404,8 +404,7 @@ def register_layers(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
-    """Raise ValueError if the output of a module on random tokens differs from that of the network that was read from
-    it."""
+    """Raise ValueError if, for random tokens, a module's output differs from the output of the network read from it."""
     if dense.reference_weight.is_meta:
         return
     x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
@@ -459,7 +458,7 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
 
 
 class One(nn.Module):
-    """A module that returns 1, used in place of a module whose output is a factor."""
+    """A module that returns 1 and replaces a module whose output is used as a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())

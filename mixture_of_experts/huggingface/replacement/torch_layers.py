@@ -2,7 +2,7 @@
 masks, and disables their fused path.
 
 In eval mode without gradients, an encoder layer runs a single fused operator that reads the weights of `linear1` and
-`linear2`. `nn.TransformerEncoder` reads the same weights of its first layer before it removes padding for this
+`linear2`. `nn.TransformerEncoder` also reads these weights in its first layer, before it removes padding for this
 operator.
 """
 

@@ -14,7 +14,7 @@ from mixture_of_experts.moe import MoE
 @torch.no_grad()
 def get_constant_weight_sum(moe: MoE, g: int) -> float:
     """Return the sum of a token's router weights in eval mode. The sum must be the same for all tokens, and each of the
-    g slices must account for the same share of it.
+    g slices must contribute an equal share.
 
     Raises:
         ValueError: the sum varies between tokens, or the gate drops tokens in eval mode.

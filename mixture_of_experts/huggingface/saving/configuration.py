@@ -1,11 +1,11 @@
-"""The `config.json` of a model with experts, and the configuration that `AutoConfig` reads from it.
+"""Defines the `config.json` of a model with `MoE` layers, and the configuration that `AutoConfig` reads from it.
 
     {"model_type": "mixture_of_experts",
      "architectures": [...],
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package, `AutoConfig` and all other Auto classes reject this model type. If this package is imported,
+Without this package, `AutoConfig` and all other Auto classes reject this model type. Once this package is imported,
 `AutoConfig` returns the dense configuration, with `ExpertsLoader` as the quantizer. A model's own class also finds
 `dense_config`, because it looks for a sub-configuration with its own `model_type`.
 """
@@ -33,7 +33,7 @@ UNSTACKED_FORM = {"class": "UnstackedExperts"}  # the entry that describes unsta
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
+    """Reads the configuration of a saved MoE model, and returns the configuration of the dense model."""
 
     model_type = MODEL_TYPE
 
@@ -108,8 +108,8 @@ def empty(plain: type[PreTrainedConfig]) -> Any:
 
 
 def read_layer_entries(config: Any) -> list[dict[str, Any]]:
-    """Return the descriptions of layers with experts in a configuration, or [] if it does not describe any. The
-    configuration may belong to a model in memory or come from a file."""
+    """Return the layer descriptions in a configuration, or [] if it contains none. The configuration may belong to a
+    model in memory or come from a file."""
     found, read = getattr(config, LAYERS_KEY, None), read_quantization(config)
     if found is None and read.get("quant_method") == MODEL_TYPE:
         found = read.get("layers")
@@ -123,12 +123,12 @@ def read_quantization(config: Any) -> dict[str, Any]:
 
 
 def store_layers_in_config(model: nn.Module) -> None:
-    """Add descriptions of the layers with experts to a model's configuration.
+    """Describe a model's `MoE` layers in its configuration.
 
     The configuration is copied first, because other models may share it. A model without a head keeps the original
-    configuration, because it may be part of a model with a head, whose configuration must describe the experts as well.
-    If `model` is not a `transformers` model, this function processes the `transformers` models inside it that have such
-    layers.
+    configuration, because it may be part of a model with a head, whose configuration must also describe the experts. If
+    `model` is not a `transformers` model, this function processes the `transformers` models inside it that contain
+    `MoE` layers.
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():

@@ -1,4 +1,4 @@
-"""Converts saved models to models with layers of this package, and writes them to new folders. Loading such a folder
+"""Converts saved models to models with this package's layers, and writes them to new folders. Loading such a folder
 memory-maps the weights, and a forward pass reads only the chosen experts."""
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ def convert_folder(
     group: int = 64,
     rounding: RoundingFunction | None = None,
 ) -> None:
-    """Convert a saved model layer by layer. The new folder has the contents that `save_pretrained` would write for the
+    """Convert a saved model layer by layer. The new folder contains what `save_pretrained` would write for the
     converted model.
 
-    `from_pretrained` memory-maps the stacked experts in the new folder, so models that do not fit into memory can run.
-    The conversion holds at most three copies of a layer and one output file in memory.
+    `from_pretrained` memory-maps the stacked experts in the new folder, so models that do not fit into memory can still
+    be run. The conversion holds at most three copies of a layer and one output file in memory.
 
     Args:
         source: the folder of a stock model, or a folder written by `save_pretrained` or another command. The sparse
             blocks of a stock model are converted as in `from_transformers`.
         target: path of the new folder, which must not exist yet.
-        bits: number of bits per weight to which experts are quantized, 8 or 4. Default: experts are not quantized.
+        bits: number of bits per quantized expert weight, 8 or 4. Default: experts are not quantized.
         block: layout of 4-bit weights; see `QuantizedExperts`. Default: the layout for this machine's CPU, so that
-            weights remain memory-mapped when they are loaded here. Weights in another layout are rearranged in memory
-            when they are loaded.
+            weights remain memory-mapped when they are loaded on this machine. Weights in another layout are rearranged
+            in memory when they are loaded.
         dtype: dtype to which floating-point weights are cast, as in `from_pretrained(dtype=...)`. Default: weights keep
             their stored dtypes.
         loss_coef: coefficient of each layer's load-balancing loss. Default: the saved coefficient or, for a stock

@@ -1,9 +1,9 @@
 """Saves stock models in folders that inference engines read correctly.
 
 `transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, but
-llama.cpp and mlx-lm read the file itself. Some llama.cpp and mlx-lm models use a default value if the old entry is
-missing. If a model was returned by `export` or `to_transformers`, `save_pretrained` therefore also writes the old
-entries, copies the source model's tokenizer, and warns about engines whose results would differ.
+llama.cpp and mlx-lm read the file directly. Some llama.cpp and mlx-lm models use a default value if the old entry is
+missing. Therefore, the `save_pretrained` method of a model returned by `export` or `to_transformers` also writes the
+old entries, copies the source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ ENGINE_FAULTS = (
 
 
 def find_engine_faults(config: Config) -> Iterator[str]:
-    """Yield the engines whose results would differ from those of `transformers`, and the reason."""
+    """Yield each engine whose results would differ from those of `transformers`, along with the reason."""
     for fault in ENGINE_FAULTS:
         if config.get("model_type") in fault.model_types and fault.applies(config):
             yield f"{fault.engines}: {fault.reason}"
@@ -129,8 +129,8 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
 
 
 def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
-    """Add the entries and files that engines need to the folder of a stock model, and warn about engines whose results
-    would differ.
+    """Complete the folder of a stock model with the entries and files that engines need, and warn about engines whose
+    results would differ.
 
     Args:
         folder: the folder of the stock model, which must contain `config.json`.
@@ -171,8 +171,8 @@ class EngineSave:
 
     This object holds only a weak reference to the model. A strong reference would create a cycle, so that only the
     garbage collector could free the model. In `export(model).save_pretrained(folder)`, the exported model is freed
-    before the call, so a twin with the same modules is saved instead. Pickling replaces this object with the class's
-    own method, so that the model can be unpickled without this package.
+    before the call, so another model object with the same modules is saved instead. Pickling replaces this object with
+    the class's own method, so that the model can be unpickled without this package.
     """
 
     def __init__(self, model: nn.Module, source: str) -> None:

@@ -1,7 +1,7 @@
-"""Exports a model with experts as an equivalent stock model of `transformers`.
+"""Exports a model with `MoE` layers as an equivalent stock `transformers` model.
 
-`plan_export` makes all decisions without reading weights, so it also supports models whose weights are in files. The
-weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
+`plan_export` makes all decisions without reading weights, so it also supports models whose weights are stored in files.
+The weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
 copied into that block.
 
 Axes: e (experts), d (model dimension), h (hidden dimension).
@@ -37,7 +37,7 @@ LayersByPath = Mapping[str, MoEFeedForward]
 
 
 class ExportTarget(NamedTuple):
-    """A family of `transformers` models with experts, and the features that it supports."""
+    """A family of `transformers` MoE models, and the features that it supports."""
 
     prefix: str  # prefix of the family's class names
     dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
@@ -92,8 +92,8 @@ IGNORED_SETTINGS |= {
 
 
 class ExportPlan(NamedTuple):
-    """A plan for exporting a model: the exported model on the meta device, and the layers that become blocks, keyed by
-    path."""
+    """A plan for exporting a model. It contains the exported model on the meta device, and the layers to convert to
+    sparse blocks, keyed by path."""
 
     stock_model: Any
     layers: LayersByPath
@@ -105,7 +105,7 @@ class ExportPlan(NamedTuple):
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all other weights of the exported model, given the state dict of the original. No two of the returned
+        """Return all other weights of the exported model, given the original model's state dict. No two of the returned
         weights share memory. A tied head is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
@@ -122,20 +122,20 @@ class ExportPlan(NamedTuple):
 
 
 def export(model: nn.Module) -> Any:
-    """Export a model as an equivalent stock model of `transformers`, which runs without this package.
+    """Export a model as an equivalent stock `transformers` model, which runs without this package.
 
     Llama and Mistral models are exported as Mixtral. If only some of their layers have experts, if they have a shared
     expert, or if their router weights are not normalized, they are exported as Qwen2-MoE instead. Qwen2 is exported as
     Qwen2-MoE, and Qwen3 as Qwen3-MoE. Settings that affect only training (loss coefficients, jitter,
-    `capacity_factor_train`) are dropped. Configuration entries that are not settings of the configuration's class are
+    `capacity_factor_train`) are dropped. Configuration entries that the configuration's class does not define are
     preserved.
 
     Args:
-        model: a `transformers` model that `replace_ffn` or `upcycle` changed. The model is not modified.
+        model: a `transformers` model modified by `replace_ffn` or `upcycle`. The model is not modified.
 
     Returns:
-        A stock model with copies of the weights and with the same dtype, device and mode. The stock model's logits are
-        equal to those of `model` up to rounding.
+        A stock model with copies of the weights and the same dtype, device and mode as `model`. The stock model's
+        logits are equal to those of `model` up to rounding.
 
     Raises:
         ValueError: the model is a wrapper, has weights that are not in memory, or has a property that none of these
@@ -172,8 +172,8 @@ def export(model: nn.Module) -> Any:
 
 
 def plan_export(model: Any) -> ExportPlan:
-    """Find a stock class to which a model can be exported, without reading weights. Raise ValueError if no class
-    supports all properties of the model."""
+    """Plan the export of a model to a stock class, without reading weights. Raise ValueError if no class supports all
+    properties of the model."""
     name = type(model).__name__
     layers = find_layers(model)
     if not layers:
@@ -224,7 +224,7 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
 
 def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]:
     """Return the settings of a dense configuration that can be copied to the target's configuration. These are the
-    settings that both classes have, and entries that are settings of neither class."""
+    settings that both classes have, and entries that neither class defines."""
     own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
     settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
@@ -260,7 +260,7 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
 @torch.no_grad()
 def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
     """Return a layer that is equivalent to `moe` in eval mode and has the form of a sparse block. The layer shares its
-    weights with `moe`. With `shared_expert`, the block has a gated shared expert."""
+    weights with `moe`. If `shared_expert` is True, the block has a gated shared expert."""
     like = copy.copy(moe)
     like._modules = dict(moe._modules)
     if type(moe.gate) is TopKGating:
@@ -282,10 +282,10 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 
 
 def make_half_open_gate(like: Tensor) -> Tensor:
-    """Return a weight `(1, d)` for a shared expert's gate that makes the gate's sigmoid round to 1/2.
+    """Return a weight `(1, d)` with which the sigmoid of a shared expert's gate rounds to 1/2.
 
     The elements of the weight are tiny. The elements are nonzero because llama.cpp computes the sigmoid of z as
-    `silu(z) / z`. Different elements are used because the elements of an input may sum to zero.
+    `silu(z) / z`. The elements differ from each other, because the elements of an input may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

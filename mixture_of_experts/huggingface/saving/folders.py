@@ -1,4 +1,4 @@
-"""Converts saved models layer by layer, with only a few copies of one layer and one output file in memory.
+"""Converts saved models layer by layer, keeping only a few copies of one layer and one output file in memory.
 
 Each folder is written under a temporary name next to its target, and is renamed when it is complete.
 """
@@ -45,8 +45,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """Upcycle a saved dense model. The new folder has the contents that `save_pretrained` would write for the upcycled
-    model.
+    """Upcycle a saved dense model. The new folder contains what `save_pretrained` would write for the upcycled model.
 
     Args:
         source: a folder with `config.json` and safetensors files.
@@ -76,8 +75,7 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Export a saved model with experts as a stock model. The weights have the same names as in checkpoints of the
-    stock class.
+    """Export a saved MoE model as a stock model. The weights have the same names as in checkpoints of the stock class.
 
     A model that `from_transformers` converted is converted back, as in `to_transformers`.
 
@@ -118,9 +116,9 @@ def rewrite_folder(
     """Write a new folder next to the target, and rename it to the target when it is complete. If an error occurs, the
     new folder is removed.
 
-    The new folder contains the weights of the layers at `paths`, as returned by `change`, all other weights of the
-    model, as returned by `read`, and copies of the source's other files, such as the tokenizer. `finish` may modify the
-    folder before it is renamed. If the process is killed by SIGKILL, a folder `.NAME.xxxx.unfinished` without
+    The new folder contains the weights that `change` returns for the layers at `paths`, the model's other weights,
+    which `read` returns, and copies of the source's other files, such as the tokenizer. `finish` may modify the folder
+    before it is renamed. If the process is killed by SIGKILL, a folder named `.NAME.xxxx.unfinished` without
     `config.json` remains.
     """
     if target.exists():
@@ -160,8 +158,8 @@ def find_block_prefix(name: str) -> str:
 
 @contextmanager
 def naming_unwritable_file(path: Path) -> Iterator[None]:
-    """Context manager that turns errors during writing, such as a full disk, into an OSError that names the target file
-    and the remedy."""
+    """Context manager that turns write errors, such as those caused by a full disk, into an OSError that names the
+    target file and suggests a remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
@@ -183,7 +181,7 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """Return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
+    """Load and return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
     memory-mapped, so only the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):
@@ -211,8 +209,8 @@ def read_model(source: Path, config: Any) -> Any:
 
 
 def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
-    """Find a weight whose shape in the files differs from that in the model, and return an error that names it, or None
-    if all shapes match. The error that `transformers` raises does not name the weight."""
+    """Return an error that names a weight whose shape in the files differs from its shape in the model, or None if all
+    shapes match. The error that `transformers` raises does not name the weight."""
     model = make_empty_model(config)
     if entries := read_layer_entries(config):
         insert_experts(model, entries)
@@ -224,7 +222,7 @@ def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError |
 
 def read_config(source: Path) -> Any:
     """Return the configuration in a folder, without accessing the hub or running code from the folder. Raise ValueError
-    if the model is quantized by another library."""
+    if the model was quantized by another library."""
     if not source.is_dir():
         raise FileNotFoundError(
             f"{source} is not a folder, and nothing is downloaded automatically; download the model to a folder first"
@@ -244,8 +242,8 @@ def make_empty_model(config: Any) -> Any:
 
 
 class ShardWriter:
-    """Writes weights to files, and starts a new file when the current file is full. Errors refer to the target, because
-    the folder is later renamed to it."""
+    """Writes weights to files, and starts a new file when the current file is full. Error messages refer to the target,
+    because the folder is later renamed to it."""
 
     folder: Path
     max_size: int
@@ -265,8 +263,8 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def add_layer(self, weights: Mapping[str, Tensor]) -> None:
-        """Add the weights of a layer. If the file cannot hold another layer of this size, it is written immediately, so
-        that these weights are freed before the next layer is converted."""
+        """Add the weights of a layer. If the current file cannot hold another layer of this size, it is written
+        immediately, so that these weights are freed before the next layer is converted."""
         self.add_weights(weights)
         size = sum(value.nbytes for value in weights.values())
         if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:

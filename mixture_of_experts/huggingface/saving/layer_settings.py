@@ -1,4 +1,4 @@
-"""Describes a model's layers with experts, so that they can be constructed before the weights are loaded.
+"""Describes a model's `MoE` layers, so that they can be constructed before the weights are loaded.
 
 The description is a list of entries. Each entry contains the names of some layers and the settings that these layers
 share. The entries are generated on demand, so they include settings that were changed after a layer was inserted.
@@ -74,7 +74,8 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """Return the settings that were changed, after the layer was inserted, to values that JSON cannot represent."""
+        """Return the settings that have been changed since the layer was inserted and whose values JSON cannot
+        represent."""
         layer = self.layer and self.layer()
         return (
             []
@@ -122,8 +123,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
-    """Return a gate's class and arguments as values that JSON can represent. Return None if the gate is a custom
-    gate."""
+    """Return a gate's class and arguments as values that JSON can represent. Return None for custom gates."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is not kind:
         return None
@@ -167,7 +167,7 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
     """Apply the changed settings described in a file to a layer, and check that their values are valid.
 
     Raises:
-        ValueError: an entry is not one of the settings in `read_layer_settings`, or its value is invalid.
+        ValueError: an entry is not a setting that `read_layer_settings` returns, or its value is invalid.
     """
     known = read_layer_settings(layer)
     for path, value in changes.items():
@@ -211,7 +211,8 @@ SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": ch
 
 
 def check_gate_settings(gate: nn.Module) -> None:
-    """Check a gate's current settings with the constructor of its class, which raises an error if they are invalid."""
+    """Check a gate's current settings by passing them to the constructor of its class, which raises an error if they
+    are invalid."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is kind:
         arguments = read_gate_arguments(gate, kind)

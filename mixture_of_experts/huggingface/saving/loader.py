@@ -1,4 +1,4 @@
-"""Loads saved models with experts through the `from_pretrained` methods of `transformers`.
+"""Loads saved MoE models through the `from_pretrained` methods of `transformers`.
 
 The loader uses the quantizer interface of `transformers`, because a quantizer can modify a model before its weights are
 loaded. The loader does not quantize anything.
@@ -32,8 +32,7 @@ NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a conf
 @register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts from a configuration file, and arguments that were passed to
-    `from_pretrained`."""
+    """Layer descriptions from a configuration file, and arguments that were passed to `from_pretrained`."""
 
     quant_method: Any = MODEL_TYPE
     layers: Any = ()
@@ -44,8 +43,8 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
 
 @register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
-    """A quantizer that inserts layers with experts into a model before its weights are loaded. The model is not marked
-    as quantized, because trainers reject quantized models."""
+    """A quantizer that inserts `MoE` layers into a model before its weights are loaded. The model is not marked as
+    quantized, because trainers reject quantized models."""
 
     def preprocess_model(
         self, model: Any, *args: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -86,14 +85,14 @@ def from_pretrained(
     adapters: Mapping[str, Adapter] | None = None,
     **settings: Any,
 ) -> Any:
-    """Load a model that was changed by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
+    """Load a model that was modified by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
 
-    If this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
+    Once this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
     addition, this function accepts a custom gate and adapters.
 
     Args:
         path: the folder of the model, or its name on the Hugging Face Hub.
-        model_class: a model class or an `AutoModel...` class of `transformers`. Default: the class of the saved model.
+        model_class: a `transformers` model class or `AutoModel...` class. Default: the class of the saved model.
         gate: the function that was passed to `replace_ffn`. It is required only for custom gates, because `config.json`
             describes this package's own gates.
         adapters: the adapters that were passed to `replace_ffn`.
@@ -144,7 +143,7 @@ def from_pretrained(
 
 
 def find_saved_class(config: Any) -> Any:
-    """Return the `transformers` class of the saved model to which a configuration belongs."""
+    """Return the `transformers` class of a saved model, given its configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):

@@ -1,4 +1,4 @@
-"""Inserts layers with experts into a dense model, as described in its configuration."""
+"""Inserts `MoE` layers into a dense model, as described in its configuration."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def insert_experts(
     gate: GateFactory | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Insert layers with experts into a dense model, so that the weights of a model with experts can be loaded. The
-    weights of the replaced networks are lost.
+    """Insert `MoE` layers into a dense model, so that saved weights of these layers can be loaded. The weights of the
+    replaced networks are lost.
 
     Raises:
-        ValueError: no `gate` is passed although the description of a gate is missing, none of the described layers
-            exists in this model, a layer does not have a described setting or does not accept its value, or a described
-            gate or form of experts does not exist.
+        ValueError: `gate` is not passed although a gate's description is missing, none of the described layers exists
+            in this model, a layer does not have a described setting or does not accept its value, or a described gate
+            or form of experts does not exist.
         TypeError, ValueError: `gate` does not return a new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -118,13 +118,13 @@ def naming_rejected_description(description: str, classes: Iterable[str]) -> Ite
 
 
 def finish_loading(model: Any, repack: bool = True) -> None:
-    """Complete the loading of a model after `transformers` has loaded its weights.
+    """Finish loading a model after `transformers` has loaded its weights.
 
-    Raise ValueError if the checkpoint lacks weights of layers, which `transformers` would leave uninitialized. Weights
-    that a `device_map` offloaded to disk are not checked. With `repack`, 4-bit weights in another layout are copied to
-    the layout for this machine, whereas weights already in this layout remain memory-mapped. Gates are set up to
-    balance load across the data-parallel ranks, and the model is set up to save weights under its own names, regardless
-    of the names in the files.
+    Raise ValueError if the checkpoint lacks any of the layers' weights, which `transformers` would leave uninitialized.
+    Weights that a `device_map` offloaded to disk are not checked. If `repack` is True, 4-bit weights in another layout
+    are copied to the layout for this machine, whereas weights already in this layout remain memory-mapped. Gates are
+    set up to balance load across the data-parallel ranks, and the model is set up to save weights under its own names,
+    regardless of the names in the files.
     """
     model.name_or_path = model.config.name_or_path
     clear_weight_conversions(model)

@@ -76,8 +76,8 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights in a folder, keyed by name. Each weight is read from the file to which the index assigns it.
 
-    As in `transformers`, the index is ignored if there is a `model.safetensors`. The weights are views of memory-mapped
-    files, so only the parts that are used are read.
+    As in `transformers`, the index is ignored if the folder contains `model.safetensors`. The weights are views of
+    memory-mapped files, so only the parts that are used are read.
     """
     index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():

@@ -1,9 +1,10 @@
 """Maps the weight names in files to those in a model.
 
 A `transformers` class may rename the weights of its checkpoints when it loads them, and restore the original names when
-it saves them. A model with layers of this package saves all weights under its own names, because the `Trainer` does not
-rename weights when it resumes a run or loads the best model. Weights with other names would keep their current values.
-Earlier versions of this package saved the layers' weights under the class's names. Such files are also supported.
+it saves them. A model with this package's layers saves all weights under its own names, because the `Trainer` does not
+rename weights when it resumes a run or loads the best model. Weights stored under other names would keep their current
+values. Earlier versions of this package saved the layers' weights under the class's names. Such files are also
+supported.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mixture_of_experts.huggingface.private_transformers import (
 
 
 def keep_names_on_saving(model: nn.Module) -> None:
-    """Make a model and all models inside it save weights under their own names, if they contain layers of this
-    package."""
+    """Make a model and all models inside it save weights under their own names, if they contain this package's
+    layers."""
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and find_layers(inner):
             use_own_names_on_save(inner)
