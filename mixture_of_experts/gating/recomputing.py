@@ -1,4 +1,4 @@
-"""Saves router memory on a GPU by recomputing large results for all tokens and experts in the backward pass.
+"""Reduces the router's memory use on a GPU by recomputing large results in the backward pass.
 
 Axes: n (tokens), d (model dimension), e (experts), k (choices).
 """
@@ -45,7 +45,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values.gather(-1, index)` without saving `values` for the backward pass on a GPU."""
+    """Return `values.gather(-1, index)`. On a GPU, `values` is not saved for the backward pass."""
     if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)

@@ -35,9 +35,8 @@ class TopPGating(TopKGating):
         p: target for the sum of probabilities, greater than 0 and less than 1. The paper uses 0.4.
         normalize, settings: see `TopKGating`.
 
-    Shape:
-        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
-        marks the choices that are made.
+    Shape: The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
+    `chosen` mask marks the choices that are made.
 
     Example:
         >>> import torch
@@ -69,8 +68,8 @@ class TopPGating(TopKGating):
         return None
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts with the largest scores. A choice is made if the previous choices do not reach a total of
-        p."""
+        """Return the experts with the largest scores. A choice is made if the probabilities of the previous choices sum
+        to less than p."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         return expert, both(chosen, exclusive_sums(prob) < self.p)
