@@ -1,10 +1,11 @@
-"""Frozen experts quantized to 8 or 4 bits per weight, which use 1/2 or 2/7 of the memory of bfloat16 experts.
+"""Frozen experts quantized to 8 or 4 bits per weight. Compared with bfloat16 experts, they use 1/2 (8 bits) or 2/7 (4
+bits) of the memory.
 
 Axes: e (experts), t (tokens), k (choices), r (rows, sorted by expert, or the choices of each token in order), p and q
 (inner and outer dimensions of a weight), d (model dimension), o (output dimension).
 
-A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. See `ops/int8.py`
-and `ops/int4.py` for how the quotients are stored.
+A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. `ops/int8.py` and
+`ops/int4.py` describe how the quotients are stored.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def quantize_experts(
             function returns None, the matrix is rounded to the nearest levels.
 
     Raises:
-        ValueError: if the model has no stacked experts or consists only of them. Also raised if experts are trainable,
-            on the meta device, non-finite or compiled, have state-dict hooks, or are inside a wrapper that uses their
-            weights, such as adapters without `fast_lora`. Also raised if an argument is invalid, `group` does not
-            divide the experts' dimensions, or `rounding` returns an invalid result.
+        ValueError: if the model has no stacked experts or consists only of them. It is also raised if experts are
+            trainable or compiled, are on the meta device, have non-finite weights or state-dict hooks, or are inside a
+            wrapper that uses their weights, such as an adapter without `fast_lora`. It is also raised if an argument is
+            invalid, if `group` does not divide the experts' dimensions, or if `rounding` returns an invalid result.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
-            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
+            experts have a custom `forward` or `compute` (defined in their class or assigned to the module).
 
     Example:
         >>> import torch
@@ -168,9 +169,9 @@ class QuantizedExperts(RoutedExperts):
     first rounded to bfloat16. On a GPU, every matrix product requires a sync to read the row counts.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if gated. The shape with 8 bits is
-            `(*e, p, q + 8)`, and each row also contains its step and smallest weight. The shape with 4 bits is
-            `(*e, q / b, p, b / 2)`, with two weights per byte in blocks of b outputs.
+        w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if the experts are gated. The shape with
+            8 bits is `(*e, p, q + 8)`, and each row also contains its step and smallest weight. The shape with 4 bits
+            is `(*e, q / b, p, b / 2)`, with two weights per byte in blocks of b outputs.
         w1_groups, w3_groups, w2_groups: for 4 bits, uint8 buffers `(*e, p / group, q, 4)` that contain each group's
             step and zero point in bfloat16.
         w1_scale, w3_scale, w2_scale: buffers `(*e, q)` whose values are exactly representable in both bfloat16 and
@@ -286,7 +287,8 @@ class QuantizedExperts(RoutedExperts):
 
 
 def row_by_row_unsupported_reason(call: Call) -> str | None:
-    """Return why the rows of a call cannot be multiplied by the packed bytes one by one, or None if they can."""
+    """Return the reason why the rows of a call cannot be multiplied by the packed bytes one by one, or None if they can
+    be multiplied this way."""
     network: Any = call.network
     (packed, groups, _), _ = network.w_in[0]
     if not call.is_inference():

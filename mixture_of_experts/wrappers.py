@@ -33,7 +33,7 @@ class ExpertsWrapper(RoutedExperts):
         experts: the wrapped experts.
 
     Raises:
-        ValueError: if the wrapper transforms rows, but the wrapped experts transform tokens or rows outside `compute`.
+        ValueError: if the wrapper transforms rows but the wrapped experts transform tokens or rows outside `compute`.
     """
 
     #: what the wrapper works on: "tokens" (before and after all experts), "inputs" (rows that experts read), "outputs"
@@ -87,7 +87,7 @@ class LatentExperts(ExpertsWrapper):
         experts: any experts whose input width matches the output width of `before`.
         before, after, beside: modules applied to tokens `(t, d)`, or None to skip the step.
         dim_out: width of the outputs. Default: `after.out_features` (an attribute of `nn.Linear`), or `experts.dim_out`
-            if `after` is None. If this attribute is missing, the output width is that of the inputs.
+            if `after` is None. If this attribute is missing, the output width equals the input width.
 
     Example:
         >>> import torch
@@ -156,7 +156,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         num_zero: number of experts that return zero. They have the highest ids.
 
     Raises:
-        ValueError: if there are identity experts, but the output width of `experts` differs from the token width.
+        ValueError: if there are identity experts but the output width of `experts` differs from the token width.
 
     Example:
         >>> import torch
@@ -189,7 +189,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Raise ValueError if there are identity experts, but the output width differs from the token width."""
+        """Raise ValueError if there are identity experts but the output width differs from the token width."""
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
                 f"the experts map width {dim} to {dim_out}, but the {self.num_identity} identity experts return tokens "

@@ -37,9 +37,10 @@ class DepthAveragedGating(TopKGating):
             followed by three linear layers with GELU activations in between, as in ZAYA1.
         settings: other arguments of `TopKGating`, except `outer_expert_dims`.
 
-    Shape: The gate maps `x` `(b, n, d)` and, except in the first layer, `router_state` `(b, n, r)` to a `Routing`. The
-    routing's `state` `(b, n, r)` is `down(x) + state_scale * router_state`, computed in float32 (float64 for float64
-    weights). `down` is a linear layer from d to r, and `state_scale` has the shape `(r,)`.
+    Shape:
+        The gate maps `x` `(b, n, d)` and, except in the first layer, `router_state` `(b, n, r)` to a `Routing`. The
+        routing's `state` `(b, n, r)` is `down(x) + state_scale * router_state`, computed in float32 (float64 for
+        float64 weights). `down` is a linear layer from d to r, and `state_scale` has the shape `(r,)`.
 
     Raises:
         TypeError, ValueError: if the state is missing or has the wrong shape or dtype, or if the first layer receives a

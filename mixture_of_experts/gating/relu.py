@@ -49,8 +49,9 @@ class ReLUGating(TopKGating):
         mean_choices: target mean number of choices per token, which must be at most k.
         balance_over, settings: see `TopKGating`.
 
-    Shape: The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
-    `chosen` mask marks the choices that are made.
+    Shape:
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
+        `chosen` mask marks the choices that are made.
 
     Example:
         >>> import torch

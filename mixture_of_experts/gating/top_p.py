@@ -35,8 +35,9 @@ class TopPGating(TopKGating):
         p: target for the sum of probabilities, greater than 0 and less than 1. The paper uses 0.4.
         normalize, settings: see `TopKGating`.
 
-    Shape: The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
-    `chosen` mask marks the choices that are made.
+    Shape:
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
+        `chosen` mask marks the choices that are made.
 
     Example:
         >>> import torch
