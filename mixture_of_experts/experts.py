@@ -133,7 +133,7 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
-    """Apply experts with either interface to the tokens `(t, d)` of a call, and return `(t, o)`."""
+    """Apply experts with either interface to the tokens `(t, d)` of a call, and return the outputs `(t, o)`."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some adapters hide the experts' attributes

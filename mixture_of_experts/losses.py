@@ -57,7 +57,8 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """Count how often each expert is selected by the `counted` choices `(..., n, k)`, and return int64 `(..., e)`."""
+    """Count how often each expert is selected by the `counted` choices `(..., n, k)`, and return an int64 tensor of
+    shape `(..., e)`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))

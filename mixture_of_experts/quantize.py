@@ -67,10 +67,11 @@ def quantize_experts(
             function returns None, the matrix is rounded to the nearest levels.
 
     Raises:
-        ValueError: if the model has no stacked experts or consists only of them. It is also raised if experts are
-            trainable or compiled, are on the meta device, have non-finite weights or state-dict hooks, or are inside a
-            wrapper that uses their weights, such as an adapter without `fast_lora`. It is also raised if an argument is
-            invalid, if `group` does not divide the experts' dimensions, or if `rounding` returns an invalid result.
+        ValueError: if the model contains no stacked experts, or if the model itself is a module of stacked experts. It
+            is also raised if experts are trainable or compiled, are on the meta device, have non-finite weights or
+            state-dict hooks, or are inside a wrapper that uses their weights, such as an adapter without `fast_lora`.
+            It is also raised if an argument is invalid, if `group` does not divide the experts' dimensions, or if
+            `rounding` returns an invalid result.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
             experts have a custom `forward` or `compute` (defined in their class or assigned to the module).
 
@@ -311,7 +312,7 @@ def row_by_row_unsupported_reason(call: Call) -> str | None:
 
 
 def run_row_by_row(call: Call) -> Tensor:
-    """Process a small number of tokens in float32 without sorting rows by expert, and return `(t, o)`."""
+    """Process a small number of tokens in float32 without sorting rows by expert, and return the outputs `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
         return multiply_few_rows(x, *weight[0], expert=call.assignments.expert)
@@ -321,15 +322,15 @@ def run_row_by_row(call: Call) -> Tensor:
 
 
 def run_expert_by_expert(call: Call) -> Tensor:
-    """Process all tokens of a call after sorting rows by expert, and return `(t, o)`."""
+    """Process all tokens of a call after sorting rows by expert, and return the outputs `(t, o)`."""
     permutation: Any = permute_without_gaps(call.assignments)
     rows = dispatch(call.x, permutation)
     return combine(compute_sorted_rows(rows, call.network, permutation.rows_per_expert), permutation)
 
 
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
-    """Apply the experts to rows `(r, d)` sorted by expert, and return `(r, o)`. Unpack the weights of experts with many
-    rows."""
+    """Apply the experts to rows `(r, d)` sorted by expert, and return the outputs `(r, o)`. Unpack the weights of
+    experts with many rows."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
@@ -424,8 +425,8 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
 def multiply_few_rows(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
 ) -> Tensor:
-    """Multiply `x` `(r, p)` by a packed weight using torch's operator, and return float32 `(r, q)`. If `expert` is
-    passed, multiply each row by its own expert's weight from a stack."""
+    """Multiply `x` `(r, p)` by a packed weight using torch's operator, and return the float32 product `(r, q)`. If
+    `expert` is passed, multiply each row by its own expert's weight from a stack."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
     out = out if out.shape[-1] == scale.shape[-1] else out[:, : scale.shape[-1]]
     return out * (scale if expert is None else scale.index_select(0, expert))

@@ -217,7 +217,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
 
 def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
-    """Sum the weights of each token's `selected` `(a,)` assignments, and return `(t, 1)`."""
+    """Sum the weights of each token's `selected` `(a,)` assignments, and return a tensor of shape `(t, 1)`."""
     weight = torch.where(assignments.kept & selected, assignments.weight, 0)
     if assignments.k is not None:
         return weight.view(-1, assignments.k).sum(dim=-1, keepdim=True)

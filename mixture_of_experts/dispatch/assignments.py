@@ -81,8 +81,8 @@ class Assignments:
 
     @property
     def expert(self) -> Tensor:
-        """The expert of each assignment as int64 `(a,)`, in outer-major order for two levels. Experts are arbitrary for
-        assignments that are not kept."""
+        """The expert of each assignment, as an int64 tensor `(a,)`. Experts are in outer-major order if there are two
+        levels. Experts are arbitrary for assignments that are not kept."""
         return self.locate()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
 
     @property
@@ -124,8 +124,8 @@ class Assignments:
         return queue, add_scaled(slot, queue, -self.slots_per_queue), length
 
     def find_slots(self) -> Tensor:
-        """Return the index of each assignment's slot among all experts' slots, as int64 `(a,)`. Slots are arbitrary for
-        assignments that are not kept."""
+        """Return the index of each assignment's slot among all experts' slots, as an int64 tensor `(a,)`. Slots are
+        arbitrary for assignments that are not kept."""
         if self.routing is None:
             queue, position, _ = self.locate()
         else:
@@ -199,7 +199,7 @@ def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) 
 
 
 def find_queue(routing: Routing) -> Tensor:
-    """Return each assignment's queue, `(router e + expert) b + group`, as int64 `(a,)`."""
+    """Return each assignment's queue, `(router e + expert) b + group`, as an int64 tensor `(a,)`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
     first = torch.arange(b, device=device).view(-1, 1)  # index of expert 0's queue
@@ -209,8 +209,8 @@ def find_queue(routing: Routing) -> Tensor:
 
 
 def count_queue_rows(routing: Routing) -> Tensor:
-    """Return the number of occupied slots in each queue, as int64 `(e b,)`. This is the number of rows that the queue
-    needs."""
+    """Return the number of occupied slots in each queue, as an int64 tensor `(e b,)`. This is the number of rows that
+    the queue needs."""
     return routing.count_occupied_slots().transpose(-2, -1).flatten()
 
 

@@ -152,7 +152,7 @@ def over_communication(inputs: BalanceInputs) -> Tensor:
 
 
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
-    """Sum per-expert values `(..., e)` within each expert group, and return `(..., g)`."""
+    """Sum per-expert values `(..., e)` within each expert group, and return a tensor of shape `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 
 

@@ -79,13 +79,13 @@ class Tokens:
         makes_all_choices: `(..., b, n)` bool mask of the tokens that make k choices because their importance is 1, or
             None if all tokens make k choices.
         makes_any_choice: `(..., b, n)` bool mask of the tokens that make at least their top choice because their
-            importance is above 0, or None if all tokens make it.
+            importance is above 0, or None if all tokens make their top choice.
         length: `(..., b)` number of tokens used to compute the capacity and the balancing losses, or n if every group
             has n tokens.
         side: side inputs `(..., b, n)` or `(..., b, n, anything)`, keyed by name.
         losses: names of the losses requested in addition to the gate's own losses.
-        segments: the documents in packed rows, or None if rows are not packed. If they are set, `length` contains the
-            lengths of documents instead of groups.
+        segments: the documents in packed rows, or None if rows are not packed. If rows are packed, `length` contains
+            the lengths of documents instead of groups.
     """
 
     x: Tensor
@@ -596,8 +596,8 @@ class TokenChoiceGate(Gate):
         """Convert choices to a `Routing`, and assign slots if the capacity is limited.
 
         Choices that the mask or the importance does not allow are removed. Shapes and dtypes are checked. For gates
-        defined outside this package and subclasses that override a method, the values of CPU tensors are also checked:
-        all experts must exist, and no token may choose the same expert twice.
+        defined outside this package and for subclasses that override a method, the values of CPU tensors are also
+        checked: all experts must exist, and no token may choose the same expert twice.
 
         Args:
             tokens: the result of `read`.

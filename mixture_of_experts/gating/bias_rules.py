@@ -81,7 +81,7 @@ class SignRule(BiasRule):
         self.shares = None if shares is None else check_shares(shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return how often each expert was chosen, as int64 `(..., e)`."""
+        """Return the number of times each expert was chosen, as an int64 tensor `(..., e)`."""
         return count_expert_load(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
@@ -152,7 +152,7 @@ class QuantileRule(BiasRule):
         self.bins: int = check_size("bins", bins)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return the histograms of r as int32 `(..., e, bins)`."""
+        """Return the histograms of r as an int32 tensor `(..., e, bins)`."""
         score, bias, full = choices.score, choices.bias, choices.full
         assert score is not None
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)

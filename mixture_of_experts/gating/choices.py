@@ -111,7 +111,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """Return the indices `(..., k)` of the k largest scores, best first. Ties go to the lowest index.
 
     `argmax` guarantees this order for equal scores, but `torch.topk` does not. A stable sort selects all choices at
-    once, which is faster for at least 3 choices on a GPU or about 32 choices on a CPU.
+    once, which is faster for 3 or more choices on a GPU and for about 32 or more choices on a CPU.
     """
     if k > score.shape[-1]:
         raise ValueError(

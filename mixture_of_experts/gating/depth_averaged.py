@@ -95,7 +95,8 @@ class DepthAveragedGating(TopKGating):
         self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1, and all biases and counts to 0. The modules `down` and `logits` reset themselves."""
+        """Set the scale to 1, and all biases and counts to 0. This method does not reset the modules `down` and
+        `logits`."""
         super().reset_parameters()
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)

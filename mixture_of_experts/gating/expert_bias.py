@@ -79,7 +79,7 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
     Args:
         weight: weights of the choices. The result requires a gradient even if `weight` does not, because the experts
             may be trained with a frozen router.
-        counts: integer tensor of any shape that only this forward pass uses. Its elements are set to 0 after they are
+        counts: integer tensor of any shape, used only by this forward pass. Its elements are set to 0 after they are
             added.
         total: a buffer with the same shape as `counts`.
     """

@@ -28,7 +28,7 @@ GIVEN_INNER = "given_experts_inner"
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """Return the names of the side inputs that are passed to the level-one gate and to the level-two gate. The
-    arguments are the names that each gate reads.
+    arguments contain the names of the side inputs that each gate reads.
 
     Externally specified choices have a different name at each level. Only single-level layers support `counted`,
     `given_weights` and `segment_ids`.
@@ -48,8 +48,8 @@ def dispatch_to_inner_gate(
     counts only the slots that contain a first choice. At perfect balance, the loss is therefore the square of the
     fraction of these slots instead of 1. If level one is dropless, its capacity is treated as unlimited, and only
     occupied slots count as tokens. Capacity and means are then computed as if the choices were evenly distributed over
-    the experts. If there is only one expert, its length is n, because each token chooses an expert at most once. Level
-    two never receives more slots than this even share, regardless of its capacity factor.
+    the experts. If there is only one outer expert, the length is n, because each token chooses an expert at most once.
+    Level two never receives more slots than this even share, regardless of its capacity factor.
 
     Args:
         groups: `(b, n, d)`.
@@ -85,9 +85,9 @@ def dispatch_to_inner_gate(
 def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
     """Return the joint assignments of both levels.
 
-    Each token's choices are those of all its slots, in slot order. The weight of a choice is the product of its weights
-    at both levels. With joint assignments, experts read tokens directly from the inputs instead of from the level-one
-    slots.
+    Each token receives the level-two choices that are made for all of its slots, in slot order. The weight of a choice
+    is the product of its weights at both levels. With joint assignments, experts read tokens directly from the inputs
+    instead of from the level-one slots.
 
     Args:
         outer: the routing of level one.

@@ -89,10 +89,10 @@ class RouterLogits(FixedShapeModule):
     Args:
         dim, num_experts: model dimension d and number of experts e.
         norm_eps: epsilon of the RMS normalization, which divides tokens by their root mean square and multiplies them
-            by `norm_weight (*outer, d)`. None disables normalization.
+            by `norm_weight (*outer, d)`. If None, normalization is disabled.
         multiplier: factor by which the logits are multiplied.
-        softcap: bound for the magnitude of the logits, applied as `softcap * tanh(logits / softcap)`, or None for no
-            bound.
+        softcap: maximum magnitude of the logits, enforced with `softcap * tanh(logits / softcap)`, or None for no
+            limit.
         bias: whether to add `bias (*outer, e)` to the product.
         outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
         device, dtype: device and dtype of the weights.

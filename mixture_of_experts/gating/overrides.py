@@ -124,7 +124,7 @@ def forced_experts(
     chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return forced experts as int64 `(..., b, n, k)`, with -1 for choices beyond the number of experts.
+    """Return forced experts as an int64 tensor `(..., b, n, k)`, with -1 for choices beyond the number of experts.
 
     Args:
         how: "balanced" or "random".

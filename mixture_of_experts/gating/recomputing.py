@@ -26,8 +26,8 @@ def recomputed_on_gpu(
     router `(..., d, e)`.
 
     On a GPU, large results are recomputed in the backward pass instead of being saved, at the cost of another pass over
-    the tokens. Results are saved on a CPU, where recomputation is slow and memory is cheap. They are also saved if a
-    module rather than a matrix computes them, because the module may draw random numbers.
+    the tokens. Results are saved on a CPU, where recomputation is slow and memory is cheap. Results are also saved if
+    they are computed by a module instead of a matrix, because the module may draw random numbers.
     """
     large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
     if not large or is_exporting() or is_in_transform():

@@ -37,11 +37,11 @@ class ReLUGating(TopKGating):
     The number of experts per token is learned. The balancing loss (equation 11 in the paper) is `l1_coef * e /
     mean_choices * sum_e f_e R_e`, where R is the mean weight. This is an L1 norm of the weights in which each weight is
     multiplied by its expert's load f. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized to 1e-8. After
-    each step, `control_sparsity(model, optimizer)` adjusts it so that tokens make `mean_choices` choices on average
-    (equations 7 and 8). The coefficient is clamped between 1e-12 and 1000.
+    each step, `control_sparsity(model, optimizer)` adjusts the coefficient so that tokens make `mean_choices` choices
+    on average (equations 7 and 8). The coefficient is clamped between 1e-12 and 1000.
 
-    A token whose logits are all negative has no expert. Initially, about half of the logits are positive. If a token
-    has more than k positive logits, the norm and the load still include all of them.
+    A token whose logits are all negative is not routed to any expert. Initially, about half of the logits are positive.
+    If a token has more than k positive logits, the norm and the load still include all of them.
 
     Args:
         dim, num_experts: model dimension d and number of experts e.
@@ -138,11 +138,12 @@ class ReLUGating(TopKGating):
         """Multiply `l1_coef` by `rate` if tokens make more than `mean_choices` choices on average, or divide it if they
         make fewer.
 
-        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forward
-        passes that were followed by a backward pass since the last call. Counts are summed over the ranks in `group`,
-        regardless of the gate's `process_group`, and all of these ranks must call this method. By default, the group
-        contains all ranks if `torch.distributed` is initialized. If nothing was counted, the coefficient is not
-        changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
+        Call this method once per optimizer step. The method counts the positive logits of real tokens. Training forward
+        passes since the last call are counted if they were followed by a backward pass. Counts are summed over the
+        ranks in `group`, regardless of the gate's `process_group`, and all of these ranks must call this method. By
+        default, the group contains all ranks if `torch.distributed` is initialized. If nothing was counted, the
+        coefficient is not changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in
+        `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)

@@ -2,8 +2,8 @@
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), d (model dimension), e (experts).
 
-The first call of each kind runs a self-check. If the kernels raise an error or their results differ from those of
-torch's operators, they are disabled for the process, and a warning is emitted.
+The first call of each kind runs a self-check. If the kernels raise an error, or if their results differ from those of
+torch's operators, the kernels are disabled for the rest of the process, and a warning is emitted.
 """
 
 from __future__ import annotations

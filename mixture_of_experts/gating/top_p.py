@@ -20,7 +20,8 @@ from mixture_of_experts.support.checks import check_number
 
 
 class TopPGating(TopKGating):
-    """A router in which each token chooses the smallest number of experts, at most k, whose probabilities add up to p.
+    """A router in which each token chooses the smallest set of experts whose probabilities sum to at least p, limited
+    to k experts.
 
     See arXiv 2403.07652. A token chooses a single expert if the router is confident, and several experts otherwise. The
     weights are the probabilities, as in the paper; `normalize=True` divides them by their sum. The balancing loss is

@@ -246,12 +246,12 @@ class TopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose experts by their biased scores `(..., b, n, e)`.
+        """Choose experts based on their biased scores `(..., b, n, e)`.
 
         Returns:
-            The experts as int64 `(..., b, n, k)`, best first, and a bool mask of the choices that are made, or None if
-            all are made. Choices with a score of -inf are not made. Only custom functions and modules can produce such
-            scores, so scores from other sources are not checked.
+            The chosen experts as an int64 tensor `(..., b, n, k)`, best first, and a bool mask of the choices that are
+            made, or None if all are made. Choices with a score of -inf are not made. Only custom functions and modules
+            can produce such scores, so scores from other sources are not checked.
         """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
@@ -278,8 +278,9 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def first_is_likeliest(self) -> bool:
-        """Whether the scores are a softmax and each token's first choice is always its most likely expert. If so, the
-        z-loss can be computed from this choice. Subclasses that choose experts differently must return False."""
+        """Whether the scores are softmax probabilities and each token's first choice is always its most likely expert.
+        If so, the z-loss can be computed from this choice. Subclasses that choose experts differently must return
+        False."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 

@@ -3,8 +3,8 @@
 Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices).
 
 Each kernel program processes one group, so groups must be short, as they are during decoding. The first call of each
-kind runs a self-check. If the kernel raises an error or its results differ from those of torch's operators, it is
-disabled for the process, and a warning is emitted.
+kind runs a self-check. If the kernel raises an error, or if its results differ from those of torch's operators, the
+kernel is disabled for the rest of the process, and a warning is emitted.
 """
 
 from __future__ import annotations
