@@ -2,7 +2,7 @@
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts).
 
-Each loss is computed with a single call of `mean`, which divides a total by a count, so the result is exact across
+Each loss is computed with a single call to `mean`, which divides a total by a count, so the result is exact across
 ranks. The mean of zero elements is 0.
 """
 
@@ -207,11 +207,11 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
 def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Compute the squared coefficient of variation over experts, variance / mean^2 (arXiv 1701.06538, eq. 7 and 11).
 
-    The variance is the population variance. At perfect balance, its gradient is 0, whereas the standard deviation has
-    no finite gradient.
+    The variance is the population variance. At perfect balance, the variance has a gradient of 0, whereas the standard
+    deviation has no finite gradient.
 
     Args:
-        values: `(..., e)` importance or load of each expert, summed over the call.
+        values: `(..., e)` importance or load of each expert, summed over all tokens of the call.
         group: process group across which the batch is split. `values` are first summed over the ranks of this group.
 
     Returns:

@@ -395,7 +395,7 @@ class OutputOnly(nn.Module):
     layer's gate has an expert bias.
 
     Args:
-        moe: a `MoE` or a `HeirarchicalMoE`.
+        moe: an `MoE` or `HeirarchicalMoE` layer.
 
     Shape:
         Same as `MoE`, but the loss is not returned. The mask and side inputs are passed to the layer.

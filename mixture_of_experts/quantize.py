@@ -57,21 +57,21 @@ def quantize_experts(
         bits: number of bits per weight. Each weight is rounded to the nearest of 256 or 16 levels. The error with 4
             bits is 12x as large as with 8 bits.
         group: for 4 bits, the number of adjacent inputs per output that share a step and a zero point: 32, 64, 128 or
-            256. It must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but need more
-            memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5.
+            256. The group size must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but
+            need more memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5 bits.
         rounding: for 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. Its arguments are the name of the stacked parameter in the model, the expert's index, and
-            a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes
-            `(level - 8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and
-            zero point `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the
-            function returns None, the matrix is rounded to the nearest levels.
+            expert, weight)`. The function receives the name of the stacked parameter in the model, the expert's index,
+            and a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes `(level -
+            8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and zero point
+            `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the function
+            returns None, the matrix is rounded to the nearest levels.
 
     Raises:
-        ValueError: if the model contains no stacked experts, or if the model itself is a module of stacked experts. It
-            is also raised if experts are trainable or compiled, are on the meta device, have non-finite weights or
-            state-dict hooks, or are inside a wrapper that uses their weights, such as an adapter without `fast_lora`.
-            It is also raised if an argument is invalid, if `group` does not divide the experts' dimensions, or if
-            `rounding` returns an invalid result.
+        ValueError: if the model contains no stacked experts, or if the model itself is a module of stacked experts. A
+            ValueError is also raised if experts are trainable or compiled, are on the meta device, have non-finite
+            weights or state-dict hooks, or are inside a wrapper that uses their weights, such as an adapter without
+            `fast_lora`. A ValueError is also raised if an argument is invalid, if `group` does not divide the experts'
+            dimensions, or if `rounding` returns an invalid result.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
             experts have a custom `forward` or `compute` (defined in their class or assigned to the module).
 
@@ -262,8 +262,8 @@ class QuantizedExperts(RoutedExperts):
         return compute_sorted_rows(rows, self._build_network(), num_tokens_per_expert)
 
     def _build_network(self, parts: Any = None) -> Network:
-        """Return the network. Each weight is a pair that contains the stored tensors (packed, groups, scale) and an
-        adapter's factors from `parts`, or None."""
+        """Return the network. Each weight is a pair that contains the stored tensors (packed, groups, scale) and either
+        an adapter's factors from `parts` or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:

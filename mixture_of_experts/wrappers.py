@@ -151,9 +151,9 @@ class ZeroComputationExperts(ExpertsWrapper):
     separately, update an expert bias with `SignRule(shares=...)`.
 
     Args:
-        experts: `Experts`, `GatedExperts` or another `RoutedExperts`. They keep the ids 0 to e - 1.
-        num_identity: number of experts that return the token. Their ids follow the ids of `experts`.
-        num_zero: number of experts that return zero. They have the highest ids.
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`. These experts keep the ids 0 to e - 1.
+        num_identity: number of experts that return the token. The ids of identity experts follow the ids of `experts`.
+        num_zero: number of experts that return zero. Zero experts have the highest ids.
 
     Raises:
         ValueError: if there are identity experts but the output width of `experts` differs from the token width.

@@ -32,10 +32,10 @@ class Assignments:
         stored_expert: `(a,)` int64, the expert of each assignment, or None for two levels, because experts are then
             derived from the slots. The expert is arbitrary for assignments that are not kept.
         weight: `(a,)`, the weight of each assignment, which is 0 for assignments that are not kept.
-        kept: `(a,)` bool mask of the assignments that experts compute. It includes assignments kept in the routing and
-            computed padding.
+        kept: `(a,)` bool mask of the assignments that experts compute. In addition to the assignments that are kept in
+            the routing, the mask includes computed padding.
         sent: `(a,)` bool mask of the assignments in the experts' queues. If the capacity is limited, some of them may
-            not be kept. For two levels, it equals `kept`, because the capacities have already been applied.
+            not be kept. For two levels, `sent` equals `kept`, because the capacities have already been applied.
         k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
         token: `(a,)` int64, the token of each assignment for expert choice, otherwise None.
         num_tokens: number of tokens, t.

@@ -124,8 +124,8 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
 
 
 def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
-    """Sum the lengths of each expert's queues `(e b,)`, and return the number of rows that each expert needs, int64
-    `(e,)`."""
+    """Sum the lengths of each expert's queues `(e b,)`, and return the number of rows that each expert needs, as an
+    int64 tensor `(e,)`."""
     if statically_known_true(assignments.queues_per_expert == 1):
         return length
     return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)

@@ -89,7 +89,7 @@ class Length:
         return parts if self.parts_per_token == 1 else parts / self.parts_per_token
 
     def sum(self) -> Length:
-        """Return the total number of tokens in all groups, `(...)`."""
+        """Return the total number of tokens in all groups for each outer expert (`...`)."""
         return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
@@ -129,7 +129,7 @@ def queue_up(
         priority: "choice" queues all first choices before all second choices (GShard). "token" queues all choices of a
             token before the choices of later tokens (causal). "score" is like "choice", but queues tokens in order of
             descending score (batch-priority routing, arXiv 2106.05974).
-        score: `(..., n)`, the scores of the tokens, required for priority "score".
+        score: `(..., n)`, the tokens' scores, which are required for priority "score".
 
     Returns:
         The queues, with positions `(..., a)` and lengths `(..., e)`.
@@ -151,8 +151,8 @@ def find_positions_in_documents(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Tensor:
-    """Return the position of each assignment in its queue, int64 `(b, a)`. Each pair of a document and an expert has
-    its own queue.
+    """Return the position of each assignment in its queue, as an int64 tensor `(b, a)`. Each pair of a document and an
+    expert has its own queue.
 
     The number of queues may be as large as the number of tokens times the number of experts, so positions are computed
     with a sort instead of a table.
@@ -170,7 +170,7 @@ def find_positions_in_documents(
 
 
 def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None:
-    """Return the order of tokens for priority "score", int64 `(..., n)`, or None for other priorities."""
+    """Return the order of tokens for priority "score" as an int64 tensor `(..., n)`, or None for other priorities."""
     if priority != "score":
         return None
     assert score is not None

@@ -142,14 +142,14 @@ class Routing:
 
     @property
     def position(self) -> Tensor:
-        """The position of each assignment in the queue of its expert and group, int64 `(..., b, a)`. This is the slot
-        of the assignment. Positions are arbitrary for assignments that are not `kept`."""
+        """The position of each assignment in the queue of its expert and group, as an int64 tensor `(..., b, a)`. This
+        position is the assignment's slot. Positions are arbitrary for assignments that are not `kept`."""
         return self.find_queues().position
 
     @property
     def queue_length(self) -> Tensor:
-        """The length of each expert's queue before the capacity is applied, int64 `(..., b, e)`. For packed rows, the
-        lengths have the shape `(b n, e)`, with one row per document."""
+        """The length of each expert's queue before the capacity is applied, as an int64 tensor `(..., b, e)`. For
+        packed rows, the lengths have the shape `(b n, e)`, with one row per document."""
         if self.segments is not None:
             choices = (*self.segments.document.shape, self.k or 1)
             expert, sent = self.expert.view(choices), self.sent.view(choices)
@@ -190,8 +190,8 @@ class Routing:
         return self.num_tokens if self.capacity is None else self.capacity
 
     def count_occupied_slots(self) -> Tensor:
-        """Return the number of occupied slots in each queue, int64 `(..., b, e)`. This is the queue's length, limited
-        by the capacity."""
+        """Return the number of occupied slots in each queue, as an int64 tensor `(..., b, e)`. This is the queue's
+        length, limited by the capacity."""
         length = self.find_queues().length
         occupied = length if self.capacity is None else length.clamp(max=self.capacity)
         return occupied if self.limit is None else torch.minimum(occupied, self.limit.unsqueeze(-1))

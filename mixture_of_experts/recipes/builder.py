@@ -53,16 +53,16 @@ class Recipe:
         scales: learned scales that multiply the normalized weights. "expert" uses one scale per expert, and "all" uses
             a single scale.
         experts: settings of the experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias".
-            Clamped activations also have "limit", "alpha" and "after".
-        apply_router_weight_on_input: whether router weights multiply the experts' inputs.
+            Clamped activations have the additional settings "limit", "alpha" and "after".
+        apply_router_weight_on_input: whether the experts' inputs are multiplied by the router weights.
         latent: width of the latent space as a fraction of d, or 0 for no latent experts. Latent experts are followed by
             a normalization layer.
         identity: number of identity experts, which return the token, as a fraction of the number of regular experts.
         zero: number of zero experts, which return zero.
         shared: hidden width of the shared expert as a multiple of an expert's hidden width, or 0 for no shared expert.
         shared_gate: whether the shared expert's output is multiplied by a learned gate for each token.
-        layer: loss coefficients, passed as arguments to `MoE`. Coefficients for expert groups apply only if the gate
-            has expert groups.
+        layer: loss coefficients, passed as arguments to `MoE`. Coefficients of losses over expert groups apply only if
+            the gate has expert groups.
         router_aux_loss_coef: for a loss that the published model computes once over all layers, a pair that consists of
             the loss coefficient and the number of layers. `loss_coef` is then coefficient * k / layers. The coefficient
             comes from the model's published configuration or is the default of the configuration class.
@@ -173,8 +173,9 @@ def build(
         activation: activation that replaces the recipe's activation; see `MoE`.
         gate, experts: modules that replace the recipe's gate and experts; see `MoE`.
         device, dtype: device and dtype of the weights.
-        changes: arguments that replace the recipe's settings. They are arguments of `MoE` (`loss_coef`, `z_loss_coef`,
-            `loss_coefs`, `group_size`, `shared_expert`) or of the gate (`k`, `capacity_factor_train` and all others).
+        changes: arguments that replace the recipe's settings. These can be arguments of `MoE` (`loss_coef`,
+            `z_loss_coef`, `loss_coefs`, `group_size`, `shared_expert`) or any arguments of the gate, such as `k` and
+            `capacity_factor_train`.
 
     Raises:
         ValueError: if `num_experts` is at most the published k, so that every expert would be chosen, or if an argument
