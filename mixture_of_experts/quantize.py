@@ -59,12 +59,13 @@ def quantize_experts(
         group: for 4 bits, the number of adjacent inputs per output that share a step and a zero point: 32, 64, 128 or
             256. The group size must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but
             need more memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5 bits.
-        rounding: for 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. The function receives the name of the stacked parameter in the model, the expert's index,
-            and a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes `(level -
-            8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and zero point
-            `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the function
-            returns None, the matrix is rounded to the nearest levels.
+        rounding: for 4 bits, a function that chooses the levels of each matrix:
+            `levels, step, zero = rounding(name, expert, weight)`. The function receives the name of the stacked
+            parameter in the model, the expert's index, and a float32 copy of the weight with grouped inputs,
+            `(n, group, outputs)`. Each weight becomes `(level - 8) * step + zero`. The levels `(n, group, outputs)`
+            must be integers from 0 to 15. The step and zero point `(n, 1, outputs)` are stored in bfloat16 and must
+            yield finite weights for all levels. If the function returns None, the matrix is rounded to the nearest
+            levels.
 
     Raises:
         ValueError: if the model contains no stacked experts, or if the model itself is a module of stacked experts. A

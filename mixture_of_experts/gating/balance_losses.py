@@ -89,8 +89,8 @@ def balance_loss_over(
 
 
 def count_load(expert: Tensor, chosen: Tensor | None, num_experts: int, segments: Segments | None) -> Tensor:
-    """Count how often the choices `(..., b, n, k)` select each expert. The result has the shape `(..., b, e)`, or `(b
-    n, e)` with one row per document if rows are packed."""
+    """Count how often the choices `(..., b, n, k)` select each expert. The result has the shape `(..., b, e)`, or
+    `(b n, e)` with one row per document if rows are packed."""
     if segments is None:
         return count_expert_load(expert, chosen, num_experts)
     return segments.count_experts(expert, chosen, num_experts)

@@ -34,11 +34,11 @@ class ReLUGating(TopKGating):
     """A router in which each token chooses at most k experts with positive logits (ReMoE, arXiv 2412.14711). The logits
     serve as weights.
 
-    The number of experts per token is learned. The balancing loss (equation 11 in the paper) is `l1_coef * e /
-    mean_choices * sum_e f_e R_e`, where R is the mean weight. This is an L1 norm of the weights in which each weight is
-    multiplied by its expert's load f. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized to 1e-8. After
-    each step, `control_sparsity(model, optimizer)` adjusts the coefficient so that tokens make `mean_choices` choices
-    on average (equations 7 and 8). The coefficient is clamped between 1e-12 and 1000.
+    The number of experts per token is learned. The balancing loss (equation 11 in the paper) is
+    `l1_coef * e / mean_choices * sum_e f_e R_e`, where R is the mean weight. This is an L1 norm of the weights in which
+    each weight is multiplied by its expert's load f. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized
+    to 1e-8. After each step, `control_sparsity(model, optimizer)` adjusts the coefficient so that tokens make
+    `mean_choices` choices on average (equations 7 and 8). The coefficient is clamped between 1e-12 and 1000.
 
     A token whose logits are all negative is not routed to any expert. Initially, about half of the logits are positive.
     If a token has more than k positive logits, the norm and the load still include all of them.
