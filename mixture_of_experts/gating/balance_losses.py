@@ -117,8 +117,8 @@ BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
 def over_score(inputs: BalanceInputs) -> Tensor:
     """Return the complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
 
-    f counts how often each expert's score, without the expert bias, is among the k largest. P is computed from scores
-    that are normalized over all experts.
+    f counts how often each expert's score, without the expert bias, is among the k largest scores of all experts. P is
+    computed from scores that are normalized over all experts.
     """
     e = inputs.probs.shape[-1]
     k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices even for a single expert, one of weight 0
