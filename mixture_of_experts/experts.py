@@ -1,4 +1,5 @@
-"""Expert networks with stacked weights, lists of expert modules, and the two interfaces that experts can have.
+"""Defines expert networks with stacked weights, lists of expert modules, and the two interfaces that experts can
+implement.
 
 Axes: e (experts, one or two dimensions, `*e`), t (tokens), s (slots per expert), r (rows sorted by expert), d (model
 dimension), h (hidden dimension), o (output dimension).
@@ -95,8 +96,8 @@ class RoutedExperts(nn.Module):
         cls.allocates_outputs = is_package_class(next(base for base in cls.__mro__ if "forward" in base.__dict__))
 
     def variant_reason(self) -> str | None:
-        """Return why outputs may depend on the batch even under `ops.use("batch_invariant")`, or None if they do
-        not."""
+        """Return the reason why outputs may depend on the batch even under `ops.use("batch_invariant")`, or None if
+        they are independent of the batch."""
         return f"{type(self).__name__} implements its own computation of rows; use Experts or GatedExperts"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
@@ -132,7 +133,7 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
-    """Apply experts with either interface to the tokens `(t, d)` of a call, and return `(t, o)`."""
+    """Apply experts with either interface to the tokens `(t, d)` of a call, and return the outputs `(t, o)`."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some adapters hide the experts' attributes
@@ -231,7 +232,7 @@ def _check_dropout(name: str, value: Any) -> float:
 
 
 class StackedExperts(FixedShapeModule, RoutedExperts):
-    """Base class for experts with stacked weights, which implements initialization, shape checks and both interfaces.
+    """Base class for experts with stacked weights. It implements initialization, shape checks and both interfaces.
 
     `forward` passes tokens and assignments to `ops.routed_ffn`, which selects the fastest implementation. Wrappers,
     expert parallelism, and callers that sort rows themselves use `compute` or slots instead.
@@ -452,9 +453,9 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     """A list of expert modules that each map `(n, d)` to `(n, d)`.
 
     If the capacity is limited, each module receives all slots of its expert, and empty slots are filled with zeros. In
-    dropless calls, it receives only its expert's rows, which requires one host sync to read the row counts. Slots are
-    also used if tensor values are not available, which is the case in traced graphs, in `torch.func` transforms, and on
-    the meta device.
+    dropless calls, each module receives only its expert's rows, which requires one host sync to read the row counts.
+    Slots are also used if tensor values are not available, which is the case in traced graphs, in `torch.func`
+    transforms, and on the meta device.
 
     Args:
         experts: one module per expert, in outer-major order for a grid of experts.

@@ -2,8 +2,8 @@
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts).
 
-Every loss is a single `mean`, which divides a total by a count, so the result is exact across ranks. The mean of zero
-elements is 0.
+Each loss is computed with a single call to `mean`, which divides a total by a count, so the result is exact across
+ranks. The mean of zero elements is 0.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
     """Return `total / (count * each)`, or 0 if the count is 0.
 
     With several ranks, each rank returns `local total * number of ranks / (global count * each)`. Averaging this value
-    or its gradients over the ranks yields the exact result for the whole batch, even if some ranks hold more of it than
-    others.
+    or its gradients over the ranks yields the exact result for the whole batch, even if the ranks hold different shares
+    of the batch.
     """
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
@@ -57,7 +57,8 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """Count how often each expert is selected by the `counted` choices `(..., n, k)`, and return int64 `(..., e)`."""
+    """Count how often each expert is selected by the `counted` choices `(..., n, k)`, and return an int64 tensor of
+    shape `(..., e)`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
@@ -72,7 +73,7 @@ def load_balancing_loss(
     `proxy` over a group's tokens. The result is 0-dimensional and equals 1.0 if f and P are uniform.
 
     Args:
-        load: `(..., b, e)`, how often each expert was chosen; carries no gradient.
+        load: `(..., b, e)`, the number of times each expert was chosen. The load carries no gradient.
         proxy: `(..., b, e)`, the router probabilities summed over each group's tokens.
         length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
         k: number of choices per token.
@@ -115,7 +116,8 @@ def _mean_of_products(products: Tensor, length: Length | int, factor: float, gro
 def _mean_over_groups(
     products: Tensor, tokens: Tensor, factor: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Compute `_mean_of_products` for groups that have `tokens` `(..., b)` tokens each, ignoring empty groups."""
+    """Compute `_mean_of_products` over all nonempty groups. `tokens` `(..., b)` is the number of tokens in each
+    group."""
     if tokens.shape != products.shape[:-1]:
         raise ValueError(
             f"lengths of shape {tuple(tokens.shape)} do not match values of shape {tuple(products.shape[:-1])}. If the "
@@ -152,8 +154,8 @@ def load_balancing_loss_over_documents(
     per document would be nondeterministic on a GPU, because the order of additions varies between runs.
 
     Args:
-        load: `(b n, e)`, how often each expert was chosen in each document; carries no gradient.
-        probs: `(b n, e)` router probabilities, which are 0 for tokens that are not counted.
+        load: `(b n, e)`, the number of times each expert was chosen in each document. The load carries no gradient.
+        probs: `(b n, e)` router probabilities, which are 0 for uncounted tokens.
         segments: the documents in the packed rows.
         k, group: see `load_balancing_loss`.
     """
@@ -205,12 +207,12 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
 def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Compute the squared coefficient of variation over experts, variance / mean^2 (arXiv 1701.06538, eq. 7 and 11).
 
-    The variance is the population variance. At perfect balance, its gradient is 0, whereas the standard deviation has
-    no finite gradient.
+    The variance is the population variance. At perfect balance, the variance has a gradient of 0, whereas the standard
+    deviation has no finite gradient.
 
     Args:
-        values: `(..., e)` importance or load of each expert, summed over the call.
-        group: process group across which the batch is split. `values` are first summed over its ranks.
+        values: `(..., e)` importance or load of each expert, summed over all tokens of the call.
+        group: process group across which the batch is split. `values` are first summed over the ranks of this group.
 
     Returns:
         The average over all outer experts (`...`) with nonzero values, as a 0-dimensional tensor.

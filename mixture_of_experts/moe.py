@@ -1,4 +1,4 @@
-"""Defines the mixture-of-experts layers `MoE` and `HeirarchicalMoE`, which has two levels of gating.
+"""Defines the mixture-of-experts layers `MoE` and `HeirarchicalMoE`. The latter has two levels of gating.
 
 Axes: b (groups), n (tokens per group), t (tokens per call, b n), d (model dimension), e (experts), c (capacity), s
 (slots), r (rows).
@@ -58,7 +58,7 @@ LOSS_COEF_ARGUMENTS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
 class MoEBase(CheckedModule):
-    """Base class for both layers, which stores settings, checks gates and experts, and computes the auxiliary loss."""
+    """Base class for both layers. It stores settings, checks gates and experts, and computes the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
@@ -127,7 +127,8 @@ class MoEBase(CheckedModule):
         return loss
 
     def requested_losses(self, gate: nn.Module) -> dict[str, Any]:
-        """Return the keyword argument that requests optional losses from the gate, or {} if none are needed."""
+        """Return the keyword argument that requests optional losses from the gate, or an empty dict if no optional
+        losses are needed."""
         if not self.loss_coefs:
             return {}
         offers = get_optional_losses(gate)
@@ -161,7 +162,7 @@ class MoE(MoEBase):
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: conditions under which a
             token uses its second choice; see `Top2Gating`.
         capacity_factor_train, capacity_factor_eval: expert capacity (slots per expert) as a multiple of n / e, or None
-            to disable token dropping. These arguments only apply to the default gate; a custom `gate` has its own
+            to disable token dropping. These arguments apply only to the default gate; a custom `gate` has its own
             capacity factors.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that each map `(s, d)` to the
@@ -169,18 +170,18 @@ class MoE(MoEBase):
         min_expert_capacity: minimum number of slots per expert and group.
         second_place_loss: whether the load-balancing loss also covers second choices.
         priority: which choices keep their slots when an expert overflows: "choice", "token" (causal) or "score".
-        gate: a gate such as `TopKGating(...)`, which replaces the default `Top2Gating` and the arguments that configure
-            it.
-        group_size: number of tokens per group. The tokens of a group share the expert capacity. Default: each sequence
-            is a group.
+        gate: a gate such as `TopKGating(...)`, used instead of the default `Top2Gating` and the arguments that
+            configure it.
+        group_size: number of tokens per group. Tokens in the same group share the expert capacity. Default: each
+            sequence is a group.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
         loss_coefs: coefficients of additional losses in `aux_loss`, keyed by their names in `Routing.losses`, as in
-            `{"balance_batch": 1e-2}`. The names can be losses that the gate reports, parts of the load-balancing loss,
-            or any of `gating.BALANCE_LOSSES`, which are only computed if listed here. For "balance" and "z", use
-            `loss_coef` and `z_loss_coef` instead.
+            `{"balance_batch": 1e-2}`. Valid names are the losses that the gate reports, the parts of the load-balancing
+            loss, and `gating.BALANCE_LOSSES`, which are computed only if they are listed here. For "balance" and "z",
+            use `loss_coef` and `z_loss_coef` instead.
         shared_expert: a module that maps `(..., n, d)` to the same shape. It processes every token, and its output is
             added to that of the routed experts. It receives the inputs themselves, not a copy, so an in-place operation
-            such as `nn.ReLU(inplace=True)` overwrites them.
+            such as `nn.ReLU(inplace=True)` overwrites the inputs.
         device, dtype: device and dtype of the weights that the layer creates, as in `torch.nn`.
 
     Shape:
@@ -189,12 +190,12 @@ class MoE(MoEBase):
         `loss_coef * balance_loss + z_loss_coef * z_loss` plus the weighted losses from `loss_coefs`.
 
         Side inputs `(..., n)` or `(..., n, anything)` contain one entry per token. Pass them as keyword arguments that
-        the gate accepts; None is ignored. `router_input` `(..., n, d)` is passed to the gate in place of the inputs.
-        `segment_ids` `(..., n)` are integers that describe packed sequences: tokens in the same row with equal ids form
-        a document, and each document is a separate group. They require a token-choice gate and cannot be combined with
-        `group_size`. If `router_state` is passed (None in the first layer), the layer also returns its router's state
-        `(..., n, anything)`, as in `out, aux_loss, state = moe(x,
-        router_state=state)`. See `gating.DepthAveragedGating`.
+        the gate accepts. None values are ignored. `router_input` `(..., n, d)` is passed to the gate in place of the
+        inputs. `segment_ids` `(..., n)` are integers that describe packed sequences: tokens in the same row with equal
+        ids form a document, and each document is a separate group. They require a token-choice gate and cannot be
+        combined with `group_size`. If `router_state` is passed (None in the first layer), the layer also returns its
+        router's state `(..., n, anything)`, as in `out, aux_loss, state = moe(x, router_state=state)`. See
+        `gating.DepthAveragedGating`.
 
     Raises:
         ValueError, TypeError: if an argument is invalid. The error is raised before any state changes, and its message
@@ -388,13 +389,13 @@ HierarchicalMoE = HeirarchicalMoE
 
 
 class OutputOnly(nn.Module):
-    """Wraps a layer to return only its output, for use in `nn.Sequential` or lists of experts.
+    """Wraps a layer so that it returns only its output, for use in `nn.Sequential` or lists of experts.
 
     Use `collect_aux` to obtain the auxiliary loss. Without this loss, the expert load is not balanced unless the
     layer's gate has an expert bias.
 
     Args:
-        moe: a `MoE` or a `HeirarchicalMoE`.
+        moe: an `MoE` or `HeirarchicalMoE` layer.
 
     Shape:
         Same as `MoE`, but the loss is not returned. The mask and side inputs are passed to the layer.

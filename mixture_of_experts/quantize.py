@@ -1,10 +1,11 @@
-"""Frozen experts quantized to 8 or 4 bits per weight, which use 1/2 or 2/7 of the memory of bfloat16 experts.
+"""Frozen experts quantized to 8 or 4 bits per weight. Compared with bfloat16 experts, they use 1/2 (8 bits) or 2/7 (4
+bits) of the memory.
 
 Axes: e (experts), t (tokens), k (choices), r (rows, sorted by expert, or the choices of each token in order), p and q
 (inner and outer dimensions of a weight), d (model dimension), o (output dimension).
 
-A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. See `ops/int8.py`
-and `ops/int4.py` for how the quotients are stored.
+A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. `ops/int8.py` and
+`ops/int4.py` describe how the quotients are stored.
 """
 
 from __future__ import annotations
@@ -56,22 +57,24 @@ def quantize_experts(
         bits: number of bits per weight. Each weight is rounded to the nearest of 256 or 16 levels. The error with 4
             bits is 12x as large as with 8 bits.
         group: for 4 bits, the number of adjacent inputs per output that share a step and a zero point: 32, 64, 128 or
-            256. It must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but need more
-            memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5.
-        rounding: for 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. Its arguments are the name of the stacked parameter in the model, the expert's index, and
-            a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes
-            `(level - 8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and
-            zero point `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the
-            function returns None, the matrix is rounded to the nearest levels.
+            256. The group size must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but
+            need more memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5 bits.
+        rounding: for 4 bits, a function that chooses the levels of each matrix:
+            `levels, step, zero = rounding(name, expert, weight)`. The function receives the name of the stacked
+            parameter in the model, the expert's index, and a float32 copy of the weight with grouped inputs,
+            `(n, group, outputs)`. Each weight becomes `(level - 8) * step + zero`. The levels `(n, group, outputs)`
+            must be integers from 0 to 15. The step and zero point `(n, 1, outputs)` are stored in bfloat16 and must
+            yield finite weights for all levels. If the function returns None, the matrix is rounded to the nearest
+            levels.
 
     Raises:
-        ValueError: if the model has no stacked experts or consists only of them. Also raised if experts are trainable,
-            on the meta device, non-finite or compiled, have state-dict hooks, or are inside a wrapper that uses their
-            weights, such as adapters without `fast_lora`. Also raised if an argument is invalid, `group` does not
-            divide the experts' dimensions, or `rounding` returns an invalid result.
+        ValueError: if the model contains no stacked experts, or if the model itself is a module of stacked experts. A
+            ValueError is also raised if experts are trainable or compiled, are on the meta device, have non-finite
+            weights or state-dict hooks, or are inside a wrapper that uses their weights, such as an adapter without
+            `fast_lora`. A ValueError is also raised if an argument is invalid, if `group` does not divide the experts'
+            dimensions, or if `rounding` returns an invalid result.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
-            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
+            experts have a custom `forward` or `compute` (defined in their class or assigned to the module).
 
     Example:
         >>> import torch
@@ -168,9 +171,9 @@ class QuantizedExperts(RoutedExperts):
     first rounded to bfloat16. On a GPU, every matrix product requires a sync to read the row counts.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if gated. The shape with 8 bits is
-            `(*e, p, q + 8)`, and each row also contains its step and smallest weight. The shape with 4 bits is
-            `(*e, q / b, p, b / 2)`, with two weights per byte in blocks of b outputs.
+        w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if the experts are gated. The shape with
+            8 bits is `(*e, p, q + 8)`, and each row also contains its step and smallest weight. The shape with 4 bits
+            is `(*e, q / b, p, b / 2)`, with two weights per byte in blocks of b outputs.
         w1_groups, w3_groups, w2_groups: for 4 bits, uint8 buffers `(*e, p / group, q, 4)` that contain each group's
             step and zero point in bfloat16.
         w1_scale, w3_scale, w2_scale: buffers `(*e, q)` whose values are exactly representable in both bfloat16 and
@@ -260,8 +263,8 @@ class QuantizedExperts(RoutedExperts):
         return compute_sorted_rows(rows, self._build_network(), num_tokens_per_expert)
 
     def _build_network(self, parts: Any = None) -> Network:
-        """Return the network. Each weight is a pair that contains the stored tensors (packed, groups, scale) and an
-        adapter's factors from `parts`, or None."""
+        """Return the network. Each weight is a pair that contains the stored tensors (packed, groups, scale) and either
+        an adapter's factors from `parts` or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:
@@ -286,7 +289,8 @@ class QuantizedExperts(RoutedExperts):
 
 
 def row_by_row_unsupported_reason(call: Call) -> str | None:
-    """Return why the rows of a call cannot be multiplied by the packed bytes one by one, or None if they can."""
+    """Return the reason why the rows of a call cannot be multiplied by the packed bytes one by one, or None if they can
+    be multiplied this way."""
     network: Any = call.network
     (packed, groups, _), _ = network.w_in[0]
     if not call.is_inference():
@@ -309,7 +313,7 @@ def row_by_row_unsupported_reason(call: Call) -> str | None:
 
 
 def run_row_by_row(call: Call) -> Tensor:
-    """Process a small number of tokens in float32 without sorting rows by expert, and return `(t, o)`."""
+    """Process a small number of tokens in float32 without sorting rows by expert, and return the outputs `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
         return multiply_few_rows(x, *weight[0], expert=call.assignments.expert)
@@ -319,15 +323,15 @@ def run_row_by_row(call: Call) -> Tensor:
 
 
 def run_expert_by_expert(call: Call) -> Tensor:
-    """Process all tokens of a call after sorting rows by expert, and return `(t, o)`."""
+    """Process all tokens of a call after sorting rows by expert, and return the outputs `(t, o)`."""
     permutation: Any = permute_without_gaps(call.assignments)
     rows = dispatch(call.x, permutation)
     return combine(compute_sorted_rows(rows, call.network, permutation.rows_per_expert), permutation)
 
 
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
-    """Apply the experts to rows `(r, d)` sorted by expert, and return `(r, o)`. Unpack the weights of experts with many
-    rows."""
+    """Apply the experts to rows `(r, d)` sorted by expert, and return the outputs `(r, o)`. Unpack the weights of
+    experts with many rows."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
@@ -422,8 +426,8 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
 def multiply_few_rows(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
 ) -> Tensor:
-    """Multiply `x` `(r, p)` by a packed weight using torch's operator, and return float32 `(r, q)`. If `expert` is
-    passed, multiply each row by its own expert's weight from a stack."""
+    """Multiply `x` `(r, p)` by a packed weight using torch's operator, and return the float32 product `(r, q)`. If
+    `expert` is passed, multiply each row by its own expert's weight from a stack."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
     out = out if out.shape[-1] == scale.shape[-1] else out[:, : scale.shape[-1]]
     return out * (scale if expert is None else scale.index_select(0, expert))

@@ -33,7 +33,7 @@ class ExpertsWrapper(RoutedExperts):
         experts: the wrapped experts.
 
     Raises:
-        ValueError: if the wrapper transforms rows, but the wrapped experts transform tokens or rows outside `compute`.
+        ValueError: if the wrapper transforms rows but the wrapped experts transform tokens or rows outside `compute`.
     """
 
     #: what the wrapper works on: "tokens" (before and after all experts), "inputs" (rows that experts read), "outputs"
@@ -87,7 +87,7 @@ class LatentExperts(ExpertsWrapper):
         experts: any experts whose input width matches the output width of `before`.
         before, after, beside: modules applied to tokens `(t, d)`, or None to skip the step.
         dim_out: width of the outputs. Default: `after.out_features` (an attribute of `nn.Linear`), or `experts.dim_out`
-            if `after` is None. If this attribute is missing, the output width is that of the inputs.
+            if `after` is None. If this attribute is missing, the output width equals the input width.
 
     Example:
         >>> import torch
@@ -151,12 +151,12 @@ class ZeroComputationExperts(ExpertsWrapper):
     separately, update an expert bias with `SignRule(shares=...)`.
 
     Args:
-        experts: `Experts`, `GatedExperts` or another `RoutedExperts`. They keep the ids 0 to e - 1.
-        num_identity: number of experts that return the token. Their ids follow the ids of `experts`.
-        num_zero: number of experts that return zero. They have the highest ids.
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`. These experts keep the ids 0 to e - 1.
+        num_identity: number of experts that return the token. The ids of identity experts follow the ids of `experts`.
+        num_zero: number of experts that return zero. Zero experts have the highest ids.
 
     Raises:
-        ValueError: if there are identity experts, but the output width of `experts` differs from the token width.
+        ValueError: if there are identity experts but the output width of `experts` differs from the token width.
 
     Example:
         >>> import torch
@@ -189,7 +189,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Raise ValueError if there are identity experts, but the output width differs from the token width."""
+        """Raise ValueError if there are identity experts but the output width differs from the token width."""
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
                 f"the experts map width {dim} to {dim_out}, but the {self.num_identity} identity experts return tokens "
@@ -217,7 +217,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
 
 def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
-    """Sum the weights of each token's `selected` `(a,)` assignments, and return `(t, 1)`."""
+    """Sum the weights of each token's `selected` `(a,)` assignments, and return a tensor of shape `(t, 1)`."""
     weight = torch.where(assignments.kept & selected, assignments.weight, 0)
     if assignments.k is not None:
         return weight.view(-1, assignments.k).sum(dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""`Assignments` of tokens to experts for a whole call, regardless of groups and gating levels.
+"""Defines `Assignments`, which assign the tokens of a whole call to experts, regardless of groups and gating levels.
 
 Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), e (experts), b (groups), c (slots per
-expert and group). Each pair of expert and group has one queue, so there are e b queues.
+expert and group). Each pair of an expert and a group has one queue, so there are e b queues.
 
 Gates return a `Routing` for each group, while experts receive `Assignments`. `join_groups` constructs assignments from
 the routing of a single gate, and `join_levels` in `gating/levels.py` constructs them from both levels' routings.
@@ -22,29 +22,30 @@ from mixture_of_experts.support.tracing import add_scaled, symbolic_min
 
 
 class Assignments:
-    """The assignments of a call, which specify the experts that process each token and their weights.
+    """The assignments of one call. They specify which experts process each token, and the weights of the experts'
+    outputs.
 
     This class is neither a pytree nor a dataclass, because FSDP2's mixed precision would otherwise cast its tensors,
-    and the weights must remain in float32.
+    although the weights must remain in float32.
 
     Attributes:
-        stored_expert: `(a,)` int64, the expert of each assignment, or None for two levels, where experts are derived
-            from the slots. The expert is arbitrary for assignments that are not kept.
+        stored_expert: `(a,)` int64, the expert of each assignment, or None for two levels, because experts are then
+            derived from the slots. The expert is arbitrary for assignments that are not kept.
         weight: `(a,)`, the weight of each assignment, which is 0 for assignments that are not kept.
-        kept: `(a,)` bool mask of the assignments that experts compute. It includes assignments kept in the routing and
-            computed padding.
-        sent: `(a,)` bool mask of the assignments in the experts' queues, only some of which are kept if the capacity is
-            limited. For two levels, it equals `kept`, because the capacities have already been applied.
+        kept: `(a,)` bool mask of the assignments that experts compute. In addition to the assignments that are kept in
+            the routing, the mask includes computed padding.
+        sent: `(a,)` bool mask of the assignments in the experts' queues. If the capacity is limited, some of them may
+            not be kept. For two levels, `sent` equals `kept`, because the capacities have already been applied.
         k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
         token: `(a,)` int64, the token of each assignment for expert choice, otherwise None.
         num_tokens: number of tokens, t.
         expert_dims: number of experts, or the numbers of outer and inner experts for two levels.
-        dropless: whether the assignments have no slots. This is the case if the gate is dropless, or if rows are
-            packed, because each document's capacity has then already been applied to `kept`.
-        routing: the routing of the gate whose slots the assignments occupy, which is the level-two gate if there are
-            two levels. If there are no slots, `routing` is None, and each expert's queue is in token order.
+        dropless: whether the assignments do not use slots. This is the case if the gate is dropless. It is also the
+            case for packed rows, because each document's capacity has already been applied to `kept`.
+        routing: the routing that assigned the slots. For two levels, this is the routing of the level-two gate. If
+            there are no slots, `routing` is None, and each expert's queue is in token order.
         slot_of_outer_choice: `(t k1,)` int64, the slot of each level-one choice, or None for a single level. Each slot
-            is a token at level two. Choices without a slot have an index equal to the number of slots.
+            is a token at level two. For choices without a slot, the index is the number of slots.
     """
 
     stored_expert: Tensor | None
@@ -80,8 +81,8 @@ class Assignments:
 
     @property
     def expert(self) -> Tensor:
-        """The expert of each assignment as int64 `(a,)`, in outer-major order for two levels. Experts are arbitrary for
-        assignments that are not kept."""
+        """The expert of each assignment, as an int64 tensor `(a,)`. Experts are in outer-major order if there are two
+        levels. Experts are arbitrary for assignments that are not kept."""
         return self.locate()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
 
     @property
@@ -96,12 +97,12 @@ class Assignments:
 
     @property
     def num_slots(self) -> int:
-        """The number of slots of all experts."""
+        """The total number of slots of all experts."""
         return math.prod(self.expert_dims) * self.queues_per_expert * self.slots_per_queue
 
     @property
     def max_rows(self) -> int:
-        """An upper bound on the number of kept assignments, which is at most a."""
+        """An upper bound on the number of kept assignments. The bound is at most a."""
         if self.slot_of_outer_choice is None or self.routing is None:
             return self.weight.shape[0]
         # count over all slots (most may be empty) or over all tokens, whichever are fewer
@@ -123,8 +124,8 @@ class Assignments:
         return queue, add_scaled(slot, queue, -self.slots_per_queue), length
 
     def find_slots(self) -> Tensor:
-        """Return the index of each assignment's slot among all experts' slots, as int64 `(a,)`. Slots are arbitrary for
-        assignments that are not kept."""
+        """Return the index of each assignment's slot among all experts' slots, as an int64 tensor `(a,)`. Slots are
+        arbitrary for assignments that are not kept."""
         if self.routing is None:
             queue, position, _ = self.locate()
         else:
@@ -147,8 +148,8 @@ class Assignments:
 
 
 def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
-    """Create assignments from experts and weights `(t, k)`. Expert ids outside the range from 0 to e - 1 mean no
-    choice."""
+    """Create assignments from experts and weights `(t, k)`. An expert id outside the range from 0 to e - 1 means that
+    no choice is made."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     kept = kept.flatten()
@@ -156,7 +157,7 @@ def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignme
 
 
 def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignments:
-    """Return a copy of the assignments that keeps only those to the first `num_experts` experts."""
+    """Return a copy of the assignments in which only assignments to the first `num_experts` experts are kept."""
     kept = assignments.kept & (assignments.expert < num_experts)
     expert, weight = torch.where(kept, assignments.expert, 0), torch.where(kept, assignments.weight, 0)
     k, token, t = assignments.k, assignments.token, assignments.num_tokens
@@ -164,7 +165,7 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """Return the assignments of a single gate.
+    """Return the assignments for the routing of a single gate.
 
     Assignments occupy slots if the capacity is limited, except in packed rows, where the capacity applies to each
     document. If `in_slots` is set, they always occupy slots. The implementation determines whether experts process
@@ -192,13 +193,13 @@ def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
 
 
 def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) -> Tensor:
-    """Return the values `(t k1 k2,)` of the level-two choices for the slot of each level-one choice. The values are 0
-    for choices without a slot."""
+    """Return the values `(t k1 k2,)` of the level-two choices that are made for the slot of each level-one choice. The
+    values are 0 for choices without a slot."""
     return append(values.reshape(-1, k or 1), 0)[slot_of_outer_choice].flatten()
 
 
 def find_queue(routing: Routing) -> Tensor:
-    """Return the queue of each assignment of a gate, `(router e + expert) b + group`, as int64 `(a,)`."""
+    """Return each assignment's queue, `(router e + expert) b + group`, as an int64 tensor `(a,)`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
     first = torch.arange(b, device=device).view(-1, 1)  # index of expert 0's queue
@@ -208,11 +209,11 @@ def find_queue(routing: Routing) -> Tensor:
 
 
 def count_queue_rows(routing: Routing) -> Tensor:
-    """Return the number of occupied slots in each queue of a gate, as int64 `(e b,)`. This is the number of rows that
+    """Return the number of occupied slots in each queue, as an int64 tensor `(e b,)`. This is the number of rows that
     the queue needs."""
     return routing.count_occupied_slots().transpose(-2, -1).flatten()
 
 
 def append(values: Tensor, last: int) -> Tensor:
-    """Append an element to `values` for the index that means "none"."""
+    """Append `last` to `values`. The index of this element means "none"."""
     return torch.cat([values, values.new_full((1, *values.shape[1:]), last)])

@@ -27,7 +27,8 @@ def mask_and_group(
     """Check the arguments, set masked tokens to 0, and split the inputs into groups.
 
     Returns:
-        The inputs with masked tokens set to zero, their groups `(b, n, d)`, and the grouped mask `(b, n)` or None.
+        The inputs with masked tokens set to zero, their groups `(b, n, d)`, and the grouped mask `(b, n)`, or None if
+        there is no mask.
     """
     check_tokens("inputs", inputs, dim, min_ndim=2)
     x = inputs
@@ -51,7 +52,7 @@ def group_side_inputs(
     """Split side inputs into the same groups as the inputs, and set the entries of masked tokens to 0.
 
     Args:
-        side: tensors `(..., n)` or `(..., n, anything)`, keyed by name, with one entry per token. Values of None are
+        side: tensors `(..., n)` or `(..., n, anything)`, keyed by name, with one entry per token. None values are
             ignored.
         names: the names of the side inputs that the gates read.
         mask: `(..., n)` bool mask of the real tokens, or None.
@@ -110,6 +111,6 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
 
 
 def ungroup_state(state: Any, x: Tensor) -> Any:
-    """Reshape a router's state `(b, n, ...)` to `(..., n, ...)`, the leading dimensions of the inputs `x`. If the state
-    is None, None is returned."""
+    """Reshape a router's state `(b, n, ...)` to `(..., n, ...)` to match the leading dimensions of the inputs `x`.
+    Return None if the state is None."""
     return None if state is None else state.reshape(*x.shape[:-1], *state.shape[2:])

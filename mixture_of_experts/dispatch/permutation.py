@@ -1,10 +1,10 @@
-"""`Permutation`, which maps assignments to the rows that experts compute.
+"""Defines `Permutation`, which maps assignments to the rows that experts compute.
 
 Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), r (rows), e (experts), b (groups), c
 (slots per expert and group).
 
 A row is a token's input to an expert, or the expert's output for this token. Rows are sorted by expert. There are three
-layouts, each of which has its own function to construct the permutation::
+layouts. A separate function constructs the permutation for each layout::
 
     permute_to_slots        all slots (e, b, c), the same number for each expert, some of them empty. Used for experts
                             that read slots, for batched products if there are fewer slots than choices, and for level
@@ -37,9 +37,9 @@ class Permutation(NamedTuple):
         token: `(r,)` integers, the token of each row. Empty rows have the value t, the number of tokens.
         rows_per_expert: `(e,)` int64, the number of rows per expert, including padding, or None if the rows are slots.
         k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
-        num_tokens, num_rows: numbers of tokens, t, and rows, r.
+        num_tokens, num_rows: the number of tokens, t, and the number of rows, r.
         expert_dims: number of experts, or the numbers of outer and inner experts for two levels.
-        table: an additional tensor that an implementation's matrix products read (see `ops/batched.py`), or None.
+        table: an additional tensor for an implementation's matrix products (see `ops/batched.py`), or None.
     """
 
     row: Tensor
@@ -63,8 +63,8 @@ class Permutation(NamedTuple):
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
     def tensors_to_save(self) -> dict[str, Tensor]:
-        """Return the tensors that `from_saved` needs to restore the permutation in a backward pass. They are smaller
-        than `tensors`.
+        """Return the tensors that `from_saved` needs to restore the permutation in a backward pass. These tensors need
+        less memory than `tensors`.
 
         Tokens are omitted if they can be computed from the assignments. Indices are int32 if there are fewer than 2^31
         assignments.
@@ -89,12 +89,12 @@ class Permutation(NamedTuple):
 
 
 def permute_to_slots(assignments: Assignments) -> Permutation:
-    """Return a permutation whose rows are all slots `(e, b, c)`, for experts that read slots."""
+    """Return a permutation with one row for each slot `(e, b, c)`. It is used for experts that read slots."""
     return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
 
 
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
-    """Return a permutation whose rows are the kept assignments, for grouped matrix products.
+    """Return a permutation with one row for each kept assignment. It is used for grouped matrix products.
 
     Unused rows may follow the kept assignments. The last `spare` rows are always unused, while all other rows may be
     filled.
@@ -105,12 +105,14 @@ def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutatio
 
 
 def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
-    """Return a permutation with a number of rows per expert that the caller chooses, for batched matrix products.
+    """Return a permutation in which the caller chooses each expert's number of rows. It is used for batched matrix
+    products.
 
     Args:
         assignments: the assignments of a call.
-        pad: a function of the number of rows that each expert needs, int64 `(e,)`. It returns the number of rows that
-            each expert gets, int64 `(e,)`, and the total number of rows, which must be at least their sum.
+        pad: a function of the number of rows that each expert needs, int64 `(e,)`. It returns the number of rows to
+            allocate to each expert, int64 `(e,)`, and the total number of rows, which must be at least the sum over all
+            experts.
     """
     queue, position, length = assignments.locate()
     rows_per_expert, num_rows = pad(_join_queues(assignments, length))
@@ -122,8 +124,8 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
 
 
 def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
-    """Sum the lengths of each expert's queues `(e b,)`, and return the number of rows that each expert needs, int64
-    `(e,)`."""
+    """Sum the lengths of each expert's queues `(e b,)`, and return the number of rows that each expert needs, as an
+    int64 tensor `(e,)`."""
     if statically_known_true(assignments.queues_per_expert == 1):
         return length
     return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)
@@ -144,5 +146,5 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
 
 
 def find_tokens(assignment: Tensor, k: int) -> Tensor:
-    """Return the token of each assignment if every token has k assignments."""
+    """Return the token of each assignment. Every token must have k assignments."""
     return assignment if k == 1 else assignment // k

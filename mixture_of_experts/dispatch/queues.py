@@ -1,5 +1,5 @@
 """Computes the expert capacity and the order in which tokens queue for slots. Without a capacity limit, a queue
-contains all rows of an expert, so queues also serve to sort rows by expert.
+contains all rows of an expert, so queues are also used to sort rows by expert.
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), k (choices per token), a (choices
 per group, n * k).
@@ -72,8 +72,8 @@ def expert_capacity(
 
 @dataclass(frozen=True, eq=False)
 class Length:
-    """The number of real tokens in each group as a ratio of integers, because a group may have a fractional share of
-    the tokens at level two.
+    """The number of real tokens in each group, stored as a ratio of integers because this number may be fractional at
+    level two.
 
     Attributes:
         parts: `(..., b)` int64, the number of tokens in each group, in units of `1 / parts_per_token`.
@@ -89,7 +89,7 @@ class Length:
         return parts if self.parts_per_token == 1 else parts / self.parts_per_token
 
     def sum(self) -> Length:
-        """Return the total number of tokens in all groups, `(...)`."""
+        """Return the total number of tokens in all groups for each outer expert (`...`)."""
         return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
@@ -129,7 +129,7 @@ def queue_up(
         priority: "choice" queues all first choices before all second choices (GShard). "token" queues all choices of a
             token before the choices of later tokens (causal). "score" is like "choice", but queues tokens in order of
             descending score (batch-priority routing, arXiv 2106.05974).
-        score: `(..., n)`, the scores of the tokens, required for priority "score".
+        score: `(..., n)`, the tokens' scores, which are required for priority "score".
 
     Returns:
         The queues, with positions `(..., a)` and lengths `(..., e)`.
@@ -151,10 +151,11 @@ def find_positions_in_documents(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Tensor:
-    """Return the position of each assignment in its queue, int64 `(b, a)`. Each pair of document and expert has its own
-    queue.
+    """Return the position of each assignment in its queue, as an int64 tensor `(b, a)`. Each pair of a document and an
+    expert has its own queue.
 
-    There may be as many queues as tokens times experts, so positions are computed by sorting instead of using a table.
+    The number of queues may be as large as the number of tokens times the number of experts, so positions are computed
+    with a sort instead of a table.
 
     Args:
         document: `(b, n)` int64, the index of each token's document, which is at most b n.
@@ -169,7 +170,7 @@ def find_positions_in_documents(
 
 
 def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None:
-    """Return the order of tokens for priority "score", int64 `(..., n)`, or None for other priorities."""
+    """Return the order of tokens for priority "score" as an int64 tensor `(..., n)`, or None for other priorities."""
     if priority != "score":
         return None
     assert score is not None
@@ -205,8 +206,8 @@ def _by_operators(
 def _place_in_order(
     places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
-    """Call `places` on the assignments in order of priority. Return its results after restoring the original order of
-    the positions `(..., a)`."""
+    """Call `places` on the assignments in order of priority. Return its results with the positions `(..., a)` in the
+    original order of the assignments."""
     if in_order:
         return places(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
@@ -262,8 +263,8 @@ def _by_kernels(
 
 
 def _find_queue_fault(device: torch.device) -> str | None:
-    """Compare both implementations on generated assignments. Return a description of what differs, or None if nothing
-    differs."""
+    """Compare both implementations on generated assignments. Return a description of the difference, or None if the
+    results agree."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)

@@ -20,14 +20,14 @@ from mixture_of_experts.support.private_torch import register_dataclass
 # compared and hashed by identity, because == of tensors is not a single bool
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
-    """The routing decision of a gate, which contains the expert, slot and weight of each assignment.
+    """A gate's routing decision, which specifies the expert, slot and weight of each assignment.
 
     A routing does not move tokens. It is used to compute losses and statistics, and to construct `Assignments`, which
     move tokens. Unpack it to get the balancing loss and the dense tensors described in the papers:
     `dispatch, combine, loss = routing`.
 
     An assignment is a choice made by a token or, for expert choice, by an expert. Each assignment passes through three
-    stages. `decide` returns the first two, and assignments that are sent may be dropped if the capacity is limited::
+    stages. `decide` determines the first two. Assignments that are sent may be dropped if the capacity is limited::
 
         chosen    the assignment shares the token's weight
         sent      it is chosen and queues at its expert
@@ -58,12 +58,12 @@ class Routing:
             assignments that are not kept.
         probs: `(..., b, n, e)`, the router probabilities (normalized scores).
         num_tokens, num_experts: number of tokens per group, n, and number of experts, e.
-        capacity: number of slots per expert and group, c, or None if dropless.
+        capacity: number of slots per expert and group, c, or None if the gate is dropless.
         k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
         sent: `(..., b, a)` bool mask of the assignments in the experts' queues.
-        queues: positions in each group's queues and the queue lengths, before the capacity is applied, or None if
-            dropless. For dropless gates, `find_queues` computes the queues on request, and `Assignments.locate` sorts
-            rows by expert.
+        queues: the positions in each group's queues and the queue lengths before the capacity is applied, or None if
+            the gate is dropless. For dropless gates, `find_queues` computes the queues on request, and
+            `Assignments.locate` sorts rows by expert.
         token_index: `(..., b, a)` int64, the token of each assignment for expert choice, otherwise None.
         limit: `(..., b)` int64, the capacity of each group if it is reduced by a mask, otherwise None. If `segments` is
             set, this is the capacity of each document, `(b n,)`.
@@ -76,8 +76,8 @@ class Routing:
         padding_weight: `(..., b, a)`, detached weights of computed padding, or None if there is none. The weights are 0
             for all other tokens.
         chosen: `(..., b, a)` bool mask of the assignments that share their token's weight, or None if all do.
-        state: `(..., b, n, anything)`, the state passed to the next layer's router, or None for most routers.
-        segments: the documents in packed rows, each of which is a group, or None if each row is a group. If `segments`
+        state: `(..., b, n, anything)`, the state passed to the next layer's router, or None if the router has no state.
+        segments: the documents in packed rows, or None if rows are not packed. Each document is a group. If `segments`
             is set and the capacity is limited, there are no slots, and `kept` marks the assignments within their
             document's capacity.
 
@@ -133,7 +133,7 @@ class Routing:
 
     @property
     def token(self) -> Tensor:
-        """The token of each assignment, as an int64 index `(..., b, a)` into its group."""
+        """The token of each assignment, as an int64 index `(..., b, a)` into the tokens of its group."""
         if self.token_index is not None:
             return self.token_index
         assert self.k is not None
@@ -142,14 +142,14 @@ class Routing:
 
     @property
     def position(self) -> Tensor:
-        """The position of each assignment in its group's queue for the expert, int64 `(..., b, a)`. This is the slot of
-        the assignment. Positions are arbitrary for assignments that are not `kept`."""
+        """The position of each assignment in the queue of its expert and group, as an int64 tensor `(..., b, a)`. This
+        position is the assignment's slot. Positions are arbitrary for assignments that are not `kept`."""
         return self.find_queues().position
 
     @property
     def queue_length(self) -> Tensor:
-        """The length of each expert's queue before the capacity is applied, int64 `(..., b, e)`. For packed rows, the
-        lengths are `(b n, e)`, with one row per document."""
+        """The length of each expert's queue before the capacity is applied, as an int64 tensor `(..., b, e)`. For
+        packed rows, the lengths have the shape `(b n, e)`, with one row per document."""
         if self.segments is not None:
             choices = (*self.segments.document.shape, self.k or 1)
             expert, sent = self.expert.view(choices), self.sent.view(choices)
@@ -186,19 +186,19 @@ class Routing:
 
     @property
     def slots_per_queue(self) -> int:
-        """The number of slots per expert and group, which is the capacity, or n if dropless."""
+        """The number of slots per expert and group, which is the capacity, or n if the gate is dropless."""
         return self.num_tokens if self.capacity is None else self.capacity
 
     def count_occupied_slots(self) -> Tensor:
-        """Return the number of occupied slots in each queue, int64 `(..., b, e)`. This is the queue's length, limited
-        by the capacity."""
+        """Return the number of occupied slots in each queue, as an int64 tensor `(..., b, e)`. This is the queue's
+        length, limited by the capacity."""
         length = self.find_queues().length
         occupied = length if self.capacity is None else length.clamp(max=self.capacity)
         return occupied if self.limit is None else torch.minimum(occupied, self.limit.unsqueeze(-1))
 
     def combine_tensor(self) -> Tensor:
-        """Return the combine tensor `(..., b, n, e, c)` described in the papers, the weight of slot c of expert e for
-        token n."""
+        """Return the combine tensor `(..., b, n, e, c)` described in the papers. It contains the weight of expert e's
+        slot c for token n."""
         n, e, c = self.num_tokens, self.num_experts, self.slots_per_queue
         cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.position, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)

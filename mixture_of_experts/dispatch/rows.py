@@ -1,5 +1,5 @@
-"""`dispatch` moves tokens to rows, and `combine` sums the results. They are used by level two, custom experts and
-`ops.plain`.
+"""`dispatch` moves tokens to rows, and `combine` sums the results. Both functions are used for level two, custom
+experts and `ops.plain`.
 
 Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), r (rows), d (model dimension).
 
@@ -23,7 +23,8 @@ def dispatch(x: Tensor, permutation: Permutation) -> Tensor:
 
 
 def combine(rows: Tensor, permutation: Permutation) -> Tensor:
-    """Compute the weighted sum `(t, d)` of each token's rows `(r, d)` in float32, and cast the result."""
+    """Compute the weighted sum `(t, d)` of each token's rows `(r, d)` in float32, and return it in the dtype of the
+    rows."""
     # with one choice per token, both are the same tensor, and a graph does not accept a tensor twice
     assignment = None if permutation.token is permutation.assignment else permutation.assignment
     return _Combine.apply(
@@ -100,8 +101,8 @@ def read_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k: int | None, num_tokens: int) -> Tensor:
-    """Return the sum `(t, d)` of each token's rows, multiplied by the weights of their assignments, computed in at
-    least float32.
+    """Multiply rows by the weights of their assignments, and return the sum `(t, d)` of each token's rows. The sum is
+    computed in at least float32.
 
     For expert choice, `k` is None, `weight` has one entry per row, and `token` contains the token of each row.
     """
@@ -125,8 +126,8 @@ def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k:
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Add `rows` to `total` at `index` in a deterministic order. On CUDA, `index_add` does not guarantee such an
-    order."""
+    """Add `rows` to `total` at `index` in a deterministic order. On CUDA, `index_add` does not guarantee a
+    deterministic order."""
     if total.is_cuda:
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)

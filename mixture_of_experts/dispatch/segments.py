@@ -33,16 +33,16 @@ class Segments:
         return (self.length > 0).sum()
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """Map per-document values `(b n, ...)` to tokens, and return `(b, n, ...)`."""
+        """Map per-document values `(b n, ...)` to tokens, and return a tensor of shape `(b, n, ...)`."""
         return values.index_select(0, self.document.flatten()).unflatten(0, self.document.shape)
 
     def of_assignments(self, values: Tensor, k: int) -> Tensor:
-        """Map per-document values `(b n,)` to assignments, and return `(b, n k)`."""
+        """Map per-document values `(b n,)` to assignments, and return a tensor of shape `(b, n k)`."""
         return self.of_tokens(values).repeat_interleave(k, dim=-1)
 
     def count_experts(self, expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-        """Count how often the `counted` choices `(b, n, k)` of each document select each expert, and return int64
-        `(b n, e)`."""
+        """Count how often the `counted` choices `(b, n, k)` in each document select each expert, and return an int64
+        tensor of shape `(b n, e)`."""
         cell = (self.document.unsqueeze(-1) * num_experts + expert).flatten()
         ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
         # `scatter_add` copies the expanded zero, so that only one table is allocated
@@ -50,7 +50,7 @@ class Segments:
         return empty.scatter_add(0, cell, ones.flatten()).unflatten(0, (-1, num_experts))
 
     def sum_counts(self, counts: Tensor) -> Tensor:
-        """Sum integers `(b, n, e)` over the tokens of each document, and return `(b n, e)`."""
+        """Sum integer counts `(b, n, e)` over the tokens of each document, and return a tensor of shape `(b n, e)`."""
         counts = counts.to(torch.int64).flatten(0, 1)
         return torch.zeros_like(counts).scatter_add(0, self.document.flatten().unsqueeze(-1).expand_as(counts), counts)
 

@@ -1,8 +1,9 @@
-"""Named load-balancing losses, which apply `losses.load_balancing_loss` to the same choices, counted in different ways.
+"""The load-balancing losses that can be requested by name. They all use `losses.load_balancing_loss`, but count the
+choices differently.
 
 Token-choice gates compute these losses only on request, as in `gate(x, losses=("balance_device",))`. A layer requests
-the losses that have a coefficient in its `loss_coefs`. The setting `balance_over` of a gate determines whether its own
-loss equals "balance_group" or "balance_batch"::
+the losses that have a coefficient in its `loss_coefs`. A gate's `balance_over` setting determines whether its own loss
+is "balance_group" or "balance_batch"::
 
     balance_group            over each group of tokens (a sequence), averaged over groups
     balance_batch            over all tokens of the batch; f is summed over the ranks
@@ -45,12 +46,13 @@ class BalanceInputs:
     Attributes:
         expert: `(..., b, n, k)` int64, the chosen experts.
         chosen: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices that are made, or None if all are made.
-        probs: `(..., b, n, e)` normalized scores, which are 0 for tokens that are not counted.
-        load, proxy: `(..., b, e)`, how often each expert was chosen and the sum of its probabilities. For packed rows,
-            both are `(b n, e)`, where `load` has one row per document and `proxy` has one row per token.
+        probs: `(..., b, n, e)` normalized scores, which are 0 for uncounted tokens.
+        load, proxy: `(..., b, e)`, the number of times each expert was chosen, and the sum of its probabilities. For
+            packed rows, both have the shape `(b n, e)`: `load` has one row per document, and `proxy` has one row per
+            token.
         length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
         k: number of choices per token, used to normalize f.
-        num_groups, top_groups: number of expert groups, and number of groups from which a token may choose.
+        num_groups, top_groups: the number of expert groups, and the number of groups from which each token may choose.
         process_group: process group across which the batch is split.
     """
 
@@ -67,7 +69,7 @@ class BalanceInputs:
     segments: Segments | None = None
 
     def loss(self, over: BalanceOver = "group") -> Tensor:
-        """Return `e / k * sum_e f_e P_e` as a 0-dim tensor, with f and P computed over these tokens."""
+        """Return `e / k * sum_e f_e P_e` as a 0-dim tensor, where f and P are computed from `load` and `proxy`."""
         return balance_loss_over(over, self.load, self.proxy, self.length, self.segments, self.k, self.process_group)
 
 
@@ -87,16 +89,16 @@ def balance_loss_over(
 
 
 def count_load(expert: Tensor, chosen: Tensor | None, num_experts: int, segments: Segments | None) -> Tensor:
-    """Count how often the choices `(..., b, n, k)` select each expert. The result is `(..., b, e)`, or `(b n, e)` with
-    one row per document."""
+    """Count how often the choices `(..., b, n, k)` select each expert. The result has the shape `(..., b, e)`, or
+    `(b n, e)` with one row per document if rows are packed."""
     if segments is None:
         return count_expert_load(expert, chosen, num_experts)
     return segments.count_experts(expert, chosen, num_experts)
 
 
 def sum_counts(counts: Tensor, segments: Segments | None) -> Tensor:
-    """Sum integers `(..., b, n, e)` over tokens. The result is `(..., b, e)`, or `(b n, e)` with one row per
-    document."""
+    """Sum integer counts `(..., b, n, e)` over the tokens. The result has the shape `(..., b, e)`, or `(b n, e)` with
+    one row per document if rows are packed."""
     return counts.sum(dim=-2) if segments is None else segments.sum_counts(counts)
 
 
@@ -115,8 +117,8 @@ BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
 def over_score(inputs: BalanceInputs) -> Tensor:
     """Return the complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
 
-    f counts the experts with the k largest scores among all experts, excluding the expert bias. P is computed from
-    scores that are normalized over all experts.
+    f counts how often each expert's score, without the expert bias, is among the k largest scores of all experts. P is
+    computed from scores that are normalized over all experts.
     """
     e = inputs.probs.shape[-1]
     k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices even for a single expert, one of weight 0
@@ -136,7 +138,8 @@ def over_devices(inputs: BalanceInputs) -> Tensor:
 def over_communication(inputs: BalanceInputs) -> Tensor:
     """Return the communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31).
 
-    f is the number of tokens that an expert group receives, divided by `top_groups`. Each token counts once per group.
+    f is the number of tokens that an expert group receives, divided by `top_groups`. Each token is counted once per
+    group.
     """
     size = inputs.probs.shape[-1] // inputs.num_groups
     groups = torch.arange(inputs.num_groups, device=inputs.expert.device)
@@ -149,7 +152,7 @@ def over_communication(inputs: BalanceInputs) -> Tensor:
 
 
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
-    """Sum per-expert values `(..., e)` within each expert group, and return `(..., g)`."""
+    """Sum per-expert values `(..., e)` within each expert group, and return a tensor of shape `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Base classes for gates, which check arguments, assign slots to choices, and construct the `Routing`.
+"""Base classes for gates. They check the arguments, assign slots to choices, and construct the `Routing`.
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), d (model dimension), e (experts), k (choices).
 """
@@ -74,17 +74,18 @@ class Tokens:
     """The tokens that a gate routes. The mask and the importance determine how many choices each token makes.
 
     Attributes:
-        x: `(..., b, n, d)`, where masked tokens are set to zero.
+        x: `(..., b, n, d)`, in which masked tokens are set to zero.
         mask: `(..., b, n)` bool mask of the real tokens, or None if there is no padding.
-        makes_all_choices: `(..., b, n)` bool mask of the tokens with importance 1, which make k choices, or None if all
-            tokens do.
-        makes_any_choice: `(..., b, n)` bool mask of the tokens with importance above 0, which make at least their top
-            choice, or None if all tokens do.
-        length: `(..., b)` number of tokens used for capacity and balancing losses, or n if every group has n tokens.
+        makes_all_choices: `(..., b, n)` bool mask of the tokens that make k choices because their importance is 1, or
+            None if all tokens make k choices.
+        makes_any_choice: `(..., b, n)` bool mask of the tokens that make at least their top choice because their
+            importance is above 0, or None if all tokens make their top choice.
+        length: `(..., b)` number of tokens used to compute the capacity and the balancing losses, or n if every group
+            has n tokens.
         side: side inputs `(..., b, n)` or `(..., b, n, anything)`, keyed by name.
         losses: names of the losses requested in addition to the gate's own losses.
-        segments: the documents in packed rows, or None if rows are not packed. If set, `length` describes documents
-            instead of groups.
+        segments: the documents in packed rows, or None if rows are not packed. If rows are packed, `length` contains
+            the lengths of documents instead of groups.
     """
 
     x: Tensor
@@ -102,26 +103,26 @@ class Tokens:
 
     @property
     def counted(self) -> Tensor | None:
-        """A `(..., b, n)` bool mask of the tokens that count in losses because they make all k choices, or None if all
-        do."""
+        """A `(..., b, n)` bool mask of the tokens that contribute to losses because they make all k choices, or None if
+        all tokens contribute."""
         return self.mask if self.makes_all_choices is None else self.makes_all_choices
 
     @property
     def computed_padding(self) -> Tensor | None:
-        """A `(..., b, n, 1)` bool mask of padding whose choices are computed but never counted, or None if there is
-        none."""
+        """A `(..., b, n, 1)` bool mask of padding tokens whose choices are computed but not counted, or None if there
+        are no such tokens."""
         return None if self.mask is None or self.makes_all_choices is not None else ~self.mask.unsqueeze(-1)
 
 
 class Gate(FixedShapeModule):
-    """Base class for all gates, which stores dimensions and checks arguments.
+    """Base class for all gates. It stores the dimensions and checks the arguments.
 
     Args:
         dim: model dimension, d.
         num_experts: number of experts, e.
-        outer_expert_dims: leading dimensions of weights and inputs, where each outer expert has its own router.
-        process_group: process group across which the batch is split, so that losses cover the whole batch. If None,
-            losses cover only this rank's tokens.
+        outer_expert_dims: leading dimensions of the weights and inputs. Each outer expert has its own router.
+        process_group: process group across which the batch is split. Losses are computed over the whole batch, or over
+            only this rank's tokens if the process group is None.
     """
 
     dim: int
@@ -162,8 +163,8 @@ class Gate(FixedShapeModule):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The process group across which the batch is split. Copies of the gate keep the process group. Unpickled gates
-        keep it if it still exists."""
+        """The process group across which the batch is split. Copies of the gate keep the process group, and so do
+        unpickled gates if the group still exists."""
         return self._ranks.group
 
     @process_group.setter
@@ -180,10 +181,10 @@ class Gate(FixedShapeModule):
         return self
 
     def variant_reason(self) -> str | None:
-        """Return why choices or the exact bits of their weights may depend on the batch even under
-        `ops.use("batch_invariant")`, or None if they do not.
+        """Return the reason why the choices or the exact bits of their weights may depend on the batch even under
+        `ops.use("batch_invariant")`, or None if they are independent of the batch.
 
-        Override this method if the class processes several tokens jointly, or does not compute logits with `product`.
+        Override this method if the class processes several tokens jointly or computes logits without `product`.
         """
         return f"{type(self).__name__} does not declare that it routes each token independently"
 
@@ -352,7 +353,7 @@ class TokenChoiceGate(Gate):
 
     @property
     def capacity_factor(self) -> float | None:
-        """The capacity factor for the current mode, either training or evaluation."""
+        """The capacity factor for the current mode (training or evaluation)."""
         return self.capacity_factor_train if self.training else self.capacity_factor_eval
 
     @property
@@ -380,13 +381,13 @@ class TokenChoiceGate(Gate):
             chosen: `(..., b, n, k)` bool mask of the choices that the gate makes, or None if it makes all of them.
 
         Returns:
-            `expert` and `chosen` for `Choices`. The chosen experts share the token's weight, even if the side input
-            excludes some of them from computation.
+            The `expert` and `chosen` arguments for `Choices`. Chosen experts receive a share of the token's weight,
+            even if the side input excludes them from computation.
         """
         return merge_overrides(self.given(tokens), expert, chosen)
 
     def given(self, tokens: Tokens) -> Tensor | None:
-        """Check the externally specified choices `(..., b, n, k)`, and return them, or None if there are none."""
+        """Check and return the externally specified choices `(..., b, n, k)`, or return None if there are none."""
         given = tokens.side.get(GIVEN)
         if given is None:
             return None
@@ -406,10 +407,11 @@ class TokenChoiceGate(Gate):
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. Custom gates must implement this method.
 
-        Choices that a token is not allowed to make are removed afterwards. Losses must cover only the tokens in
-        `tokens.counted`; the methods `balance_loss`, `z_loss` and `token_mean` ensure this. Return losses even if the
-        layer has no coefficient for them, because they are included in the statistics. List the side inputs that the
-        gate reads in `side_inputs`. Call `apply_overrides` to support externally specified choices.
+        Choices that the mask or the importance does not allow are removed afterwards. Losses must cover only the tokens
+        in `tokens.counted`; the methods `balance_loss`, `z_loss` and `token_mean` ensure this. Return losses even if
+        the layer has no coefficient for them, because they are included in the statistics. The class attribute
+        `side_inputs` must list the side inputs that the gate reads. Call `apply_overrides` to support externally
+        specified choices.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens) and return Choices")
 
@@ -429,12 +431,12 @@ class TokenChoiceGate(Gate):
             importance: `(*outer, b, n)`. Tokens with importance 1 make k choices, and tokens with importance 0 make
                 none. All other tokens make only their top choice and are not counted in losses.
             mask: `(*outer, b, n)` bool, True for real tokens.
-            length: number of tokens used to compute the capacity and means, given as integers `(*outer, b)` of at most
-                n or as a `queues.Length`. Default: the number of real tokens.
+            length: number of tokens used to compute the capacity and means, as an integer tensor `(*outer, b)` with
+                values up to n or as a `queues.Length`. Default: the number of real tokens.
             losses: names of additional losses from `optional_losses` to report. Losses over expert groups are omitted
                 if the gate has no expert groups.
             side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` whose names are listed in `side_inputs`. For
-                example, `segment_ids` `(b, n)` turn each document in packed rows into a group with its own length.
+                example, `segment_ids` `(b, n)` makes each document in a packed row a group with its own length.
         """
         tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
@@ -468,7 +470,7 @@ class TokenChoiceGate(Gate):
         return self.route(tokens, choices)
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
-        """Return a copy of the tokens whose externally specified choices are forced experts."""
+        """Return a copy of `tokens` in which forced experts are passed as externally specified choices."""
         if GIVEN in tokens.side:
             raise ValueError(
                 f"{GIVEN} cannot be passed while force_routing selects {how} experts; use only one of them"
@@ -478,7 +480,7 @@ class TokenChoiceGate(Gate):
         return replace(tokens, side={**tokens.side, GIVEN: forced})
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """Compute the `BALANCE_LOSSES` in `names` that the gate supports. They count all choices that are made,
+        """Compute the `BALANCE_LOSSES` in `names` that the gate supports. The losses count all choices that are made,
         including externally specified choices that are not computed."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
@@ -502,7 +504,8 @@ class TokenChoiceGate(Gate):
         return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """Return a `(..., b, n, k)` bool mask of the choices that the importance allows, or None if it allows all.
+        """Return a `(..., b, n, k)` bool mask of the choices that the importance allows, or None if all choices are
+        allowed.
 
         Tokens with importance 1 make k choices, tokens with importance 0 make none, and all other tokens make only
         their top choice. The top choice is choice 0, except in `Top2Gating`, where it is choice 1.
@@ -513,8 +516,8 @@ class TokenChoiceGate(Gate):
         return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
-        """Return the number of slots per expert (None if the gate is dropless), and the limit of each group `(..., b)`
-        (None if no tokens are masked)."""
+        """Return the number of slots per expert and the slot limit of each group `(..., b)`. Both are None if the gate
+        is dropless, and the limit is also None if no tokens are masked."""
         factor = self._capacity_factor_train if self.training else self._capacity_factor_eval  # ratios
         if factor is None:
             return None, None
@@ -559,7 +562,7 @@ class TokenChoiceGate(Gate):
     def _balance_of_tokens(
         self, tokens: Tokens, expert: Tensor, counted: Tensor | None, proxy: Tensor, k: float = 1
     ) -> Tensor:
-        """Return the loss of `balance` for a proxy `(..., b, n, e)` that is 0 for tokens that are not counted."""
+        """Return the loss that `balance` computes. The proxy `(..., b, n, e)` must be 0 for uncounted tokens."""
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
@@ -573,8 +576,8 @@ class TokenChoiceGate(Gate):
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return a mask of the choices to count and the probabilities, which are set to 0 for tokens that are not
-        counted. The bool mask is `(..., b, n, k)` or `(..., b, n, 1)`, or None to count all choices."""
+        """Return a mask of the counted choices, and the probabilities, which are set to 0 for uncounted tokens. The
+        mask is a bool tensor `(..., b, n, k)` or `(..., b, n, 1)`, or None if all choices are counted."""
         if tokens.counted is None:
             return chosen, probs
         counted = tokens.counted.unsqueeze(-1)
@@ -590,11 +593,11 @@ class TokenChoiceGate(Gate):
         return losses.token_mean(values, tokens.counted, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
-        """Convert choices to a `Routing`, which assigns slots if the capacity is limited.
+        """Convert choices to a `Routing`, and assign slots if the capacity is limited.
 
-        Choices that a token is not allowed to make are removed. Shapes and dtypes are checked. For gates defined
-        outside this package and subclasses that override a method, the values of CPU tensors are also checked: all
-        experts must exist, and no token may choose the same expert twice.
+        Choices that the mask or the importance does not allow are removed. Shapes and dtypes are checked. For gates
+        defined outside this package and for subclasses that override a method, the values of CPU tensors are also
+        checked: all experts must exist, and no token may choose the same expert twice.
 
         Args:
             tokens: the result of `read`.
@@ -654,8 +657,8 @@ class TokenChoiceGate(Gate):
         capacity: int,
         limit: Tensor | None,
     ) -> tuple[Queues | None, Tensor | None]:
-        """Return the queues, or None for packed rows, and a `(..., b, a)` bool mask of the assignments within the
-        capacity, or None if all of them are."""
+        """Return the queues and a `(..., b, a)` bool mask of the assignments within the capacity. The queues are None
+        for packed rows, and the mask is None if all assignments are within the capacity."""
         score = choices.priority_score
         if self.priority == "score" and score is None:
             score = choices.probs.detach().amax(dim=-1)
@@ -670,8 +673,9 @@ class TokenChoiceGate(Gate):
         return queues, queues.position < (capacity if limit is None else limit.unsqueeze(-1))
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return three tensors `(..., b, n, k)`: a mask of the choices that are sent (None if all are), the weights,
-        and the detached weights of computed padding (None if there is none)."""
+        """Return three tensors `(..., b, n, k)`: a mask of the choices that are sent, the weights, and the detached
+        weights of computed padding. The mask is None if all choices are sent, and the detached weights are None if no
+        padding is computed."""
         sent = both(choices.chosen, choices.sent)
         if not choices.is_masked:
             sent = both(sent, self.allowed(tokens))
@@ -688,10 +692,10 @@ class TokenChoiceGate(Gate):
 
 
 def get_side_inputs(gate: nn.Module) -> tuple[str, ...]:
-    """Return the names of the side inputs that a gate, which may be wrapped, reads."""
+    """Return the names of the side inputs that a gate reads. The gate may be wrapped."""
     return tuple(getattr(unwrap_module(gate), "side_inputs", ()))
 
 
 def get_optional_losses(gate: nn.Module) -> tuple[str, ...]:
-    """Return the names of the losses that a gate, which may be wrapped, computes on request."""
+    """Return the names of the losses that a gate computes on request. The gate may be wrapped."""
     return tuple(getattr(unwrap_module(gate), "optional_losses", ()))

@@ -1,5 +1,5 @@
-"""Update rules for the expert bias, which define what each training forward pass counts and how the counts change the
-bias.
+"""Update rules for the expert bias. A rule defines what is counted in each training forward pass and how the counts
+change the bias.
 
 Axes: t (tokens), k (choices per token), e (experts). `...` stands for the outer expert dimensions.
 """
@@ -19,7 +19,7 @@ from mixture_of_experts.support.checks import check_choice, check_flag, check_si
 
 
 class ForwardChoices(NamedTuple):
-    """The router's choices in a training forward pass, which a rule counts."""
+    """The router's choices in one training forward pass, as passed to `BiasRule.count`."""
 
     expert: Tensor  #: (..., t, k) int64
     chosen: Tensor | None  #: (..., t, k) bool, True for choices that are made; None if all are made
@@ -63,8 +63,7 @@ class SignRule(BiasRule):
         centred: whether to subtract the mean from the bias after each step, so that the mean cannot drift. Up to
             rounding, this does not change which experts are chosen.
         shares: e positive integers that specify each expert's target share of the choices, or None for equal shares.
-            They allow zero-computation experts and regular experts to be balanced separately; see
-            `ZeroComputationExperts`.
+            Use shares to balance zero-computation experts and regular experts separately; see `ZeroComputationExperts`.
 
     Example:
         >>> import torch
@@ -82,7 +81,7 @@ class SignRule(BiasRule):
         self.shares = None if shares is None else check_shares(shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return how often each expert was chosen, as int64 `(..., e)`."""
+        """Return the number of times each expert was chosen, as an int64 tensor `(..., e)`."""
         return count_expert_load(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
@@ -131,10 +130,10 @@ class QuantileRule(BiasRule):
     first or last bin. In this case, the bias moves by at most about 1 per step, and the range moves with it.
 
     Tokens are not counted if they are masked, make fewer than k choices (at level two), or have a NaN score. If `rate`
-    is below 1, the bias moves only that fraction of the way.
+    is below 1, only that fraction of the step is applied.
 
     Args:
-        bins: number of bins in each expert's histogram. The error of a quantile is at most the width of a bin.
+        bins: number of bins in each expert's histogram. The error of a quantile is at most one bin width.
 
     Example:
         Two experts, one choice, and 4 bins over [-1, 1]. Half of the 4 tokens have an r below 0 for the first expert,
@@ -153,7 +152,7 @@ class QuantileRule(BiasRule):
         self.bins: int = check_size("bins", bins)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return the histograms of r as int32 `(..., e, bins)`."""
+        """Return the histograms of r as an int32 tensor `(..., e, bins)`."""
         score, bias, full = choices.score, choices.bias, choices.full
         assert score is not None
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
@@ -220,7 +219,7 @@ def check_scores(
     num_groups: int | None,
     why: str | None = None,
 ) -> None:
-    """Raise ValueError if `rule` reads scores, but the router's scores do not determine the expert load.
+    """Raise ValueError if `rule` reads scores but the router's scores do not determine the expert load.
 
     `why` is an optional reason reported by the router itself.
     """

@@ -1,4 +1,4 @@
-"""A descriptor for a gate's capacity factor, which validates every assigned value."""
+"""A descriptor that stores a gate's capacity factor and validates every assigned value."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class CapacityFactor:
     """A capacity factor: a finite positive number, or None (unless `dropless=False`) to disable token dropping.
 
     The factor is stored as a ratio of two integers, because `torch.compile` treats integer attributes of a module as
-    constants. `queues.bounded_ratio` computes the capacity from these integers. A float may become a symbol (with
-    `dynamic=True`, or if layers with different factors are compiled one after another), and torch cannot pass sizes
-    that depend on a symbolic float to an autograd function.
+    constants. `queues.bounded_ratio` computes the capacity from these integers. A float may become symbolic if
+    `dynamic=True` is set or if layers with different factors are compiled one after another. Sizes that depend on a
+    symbolic float cannot be passed to an autograd function.
     """
 
     def __init__(self, dropless: bool = True) -> None:

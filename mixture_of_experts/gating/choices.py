@@ -1,4 +1,4 @@
-"""`Choices`, the return type of `decide`, as well as functions that check choices and select the largest scores.
+"""Defines `Choices`, the return type of `decide`, and functions that check choices and select the largest scores.
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), k (choices per token).
 """
@@ -20,7 +20,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 class Choices(NamedTuple):
     """The choices of all tokens, before priorities and capacity are applied.
 
-    `TokenChoiceGate.route` applies the mask and the importance, but gates may also read them.
+    Gates may read the mask and the importance, but need not apply them, because `TokenChoiceGate.route` does.
     """
 
     expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be distinct experts
@@ -84,7 +84,8 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_exp
 
 
 def expert_twice(expert: Tensor) -> int | None:
-    """Return an expert that occurs twice among the k choices of a token, or None. This function reads tensor values."""
+    """Return an expert that occurs twice among a token's k choices, or None if there is no such expert. This function
+    reads tensor values."""
     for distance in range(1, expert.shape[-1]):
         one, other = expert[..., distance:], expert[..., :-distance]
         if (same := (one == other) & (one >= 0)).any():
@@ -110,7 +111,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """Return the indices `(..., k)` of the k largest scores, best first. Ties go to the lowest index.
 
     `argmax` guarantees this order for equal scores, but `torch.topk` does not. A stable sort selects all choices at
-    once, which is faster for at least 3 choices on a GPU or about 32 choices on a CPU.
+    once, which is faster for 3 or more choices on a GPU and for about 32 or more choices on a CPU.
     """
     if k > score.shape[-1]:
         raise ValueError(

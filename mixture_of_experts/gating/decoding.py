@@ -9,8 +9,8 @@ import torch
 
 
 def warn_of_decoding(gate: Any) -> None:
-    """Warn if a token-choice gate receives single-token groups in eval mode, but its choices are random or depend on
-    other tokens because of the capacity. Traced graphs and level-two gates do not warn."""
+    """Warn if a token-choice gate with a limited capacity or random choices receives single-token groups in eval mode.
+    Level-two gates do not warn, and no warning is emitted in traced graphs."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
     found = {}  # maps a name to (its value, the value to set instead)

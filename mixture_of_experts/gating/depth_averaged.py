@@ -38,9 +38,9 @@ class DepthAveragedGating(TopKGating):
         settings: other arguments of `TopKGating`, except `outer_expert_dims`.
 
     Shape:
-        The gate maps `x` `(b, n, d)` and, except in the first layer, `router_state` `(b, n, r)` to a `Routing`. Its
-        `state` `(b, n, r)` is `down(x) + state_scale * router_state`, computed in float32 (float64 for float64
-        weights). `down` is a linear layer from d to r, and `state_scale` has the shape `(r,)`.
+        The gate maps `x` `(b, n, d)` and, except in the first layer, `router_state` `(b, n, r)` to a `Routing`. The
+        routing's `state` `(b, n, r)` is `down(x) + state_scale * router_state`, computed in float32 (float64 for
+        float64 weights). `down` is a linear layer from d to r, and `state_scale` has the shape `(r,)`.
 
     Raises:
         TypeError, ValueError: if the state is missing or has the wrong shape or dtype, or if the first layer receives a
@@ -95,7 +95,8 @@ class DepthAveragedGating(TopKGating):
         self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1, and all biases and counts to 0. The modules `down` and `logits` reset themselves."""
+        """Set the scale to 1, and all biases and counts to 0. This method does not reset the modules `down` and
+        `logits`."""
         super().reset_parameters()
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)

@@ -28,7 +28,7 @@ def move_counts(counts: Tensor, total: Tensor) -> None:
     """Add `counts` to `total`, and then set `counts` to 0, so that a second backward pass through the same graph adds
     nothing.
 
-    A custom operator is required because compiled backward passes cannot modify buffers otherwise.
+    A custom operator is required because a compiled backward pass cannot modify buffers in any other way.
     """
     total.add_(counts)
     counts.zero_()
@@ -79,7 +79,8 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
     Args:
         weight: weights of the choices. The result requires a gradient even if `weight` does not, because the experts
             may be trained with a frozen router.
-        counts: integer tensor of any shape that only this forward pass uses. It is set to 0 after being added.
+        counts: integer tensor of any shape, used only by this forward pass. Its elements are set to 0 after they are
+            added.
         total: a buffer with the same shape as `counts`.
     """
     if is_in_ddp():  # a graph is retraced inside another DDP wrapper
@@ -123,8 +124,8 @@ class StepsWithoutUpdate:
         self.steps, self.forwards, self.warned = 0, 0, False
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """Count a training forward pass of a router with this weight. Frozen routers are ignored, because they may keep
-        their bias intentionally."""
+        """Count a training forward pass of the router that has this weight. Frozen routers are ignored, because they
+        may keep their bias intentionally."""
         if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or is_in_transform():
             return
         self.forwards += 1

@@ -80,9 +80,9 @@ class ExpertChoiceGating(Gate):
             x: `(b, n, d)`.
             importance: must be None, because this gate does not support two-level gating. Other values raise a
                 ValueError.
-            mask: `(b, n)` bool, True for real tokens. Experts choose only from the real tokens, whose number determines
-                how many tokens each expert chooses.
-            side: `router_input` `(b, n, d)`, from which logits are computed in place of `x`.
+            mask: `(b, n)` bool, True for real tokens. Experts choose only from the real tokens. The number of real
+                tokens determines how many tokens each expert chooses.
+            side: `router_input` `(b, n, d)`, which replaces `x` as the router's input.
         """
         if importance is not None:
             raise ValueError("expert-choice routing does not support `importance`; use a token-choice gate")

@@ -18,8 +18,8 @@ from mixture_of_experts.support.tracing import is_host_readable
 class HashGating(TopKGating):
     """A router that maps each token id to k fixed experts. The weights of the experts are learned as in `TopKGating`.
 
-    Without a load-balancing loss, the load is as balanced as the token id frequencies (Roller et al. 2021, arXiv
-    2106.04426). The first layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
+    Without a load-balancing loss, the load is only as balanced as the frequencies of the token ids (Roller et al. 2021,
+    arXiv 2106.04426). The first layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
         dim, num_experts, k: model dimension d, number of experts e, and number of experts per token id.
@@ -62,7 +62,7 @@ class HashGating(TopKGating):
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts assigned to the tokens' ids."""
+        """Return the experts assigned to each token's id."""
         if (ids := tokens.side.get("token_ids")) is not None:
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
@@ -91,8 +91,8 @@ class HashGating(TopKGating):
 
 
 def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
-    """Assign k different random experts to each token id, and return int64 `(v, k)`. The numbers of ids assigned to any
-    two experts differ by at most one."""
+    """Assign k different random experts to each token id, and return an int64 tensor of shape `(v, k)`. The numbers of
+    ids assigned to any two experts differ by at most one."""
     order = torch.randperm(num_experts)
     start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order take the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

@@ -27,8 +27,8 @@ GIVEN_INNER = "given_experts_inner"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return the names of the side inputs that the level-one and level-two gates receive, given the names that each
-    gate reads.
+    """Return the names of the side inputs that are passed to the level-one gate and to the level-two gate. The
+    arguments contain the names of the side inputs that each gate reads.
 
     Externally specified choices have a different name at each level. Only single-level layers support `counted`,
     `given_weights` and `segment_ids`.
@@ -41,23 +41,23 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
 def dispatch_to_inner_gate(
     groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Convert the level-one slots to arguments for the level-two gate, with one group for each pair of outer expert and
-    group.
+    """Convert the level-one slots to arguments for the level-two gate. Each pair of an outer expert and a group becomes
+    one group.
 
     If level one has a capacity limit, the level-two load-balancing loss is averaged over all level-one slots, but
-    counts only the slots that contain a first choice. At perfect balance, the loss is therefore the square of the share
-    of these slots, not 1. If level one is dropless, its capacity is treated as unlimited, and only occupied slots count
-    as tokens. Capacity and means are then computed as if the choices were evenly distributed over the experts. If there
-    is only one expert, its length is n, because each token chooses an expert at most once. Level two never gets more
-    slots than this even share, whatever its capacity factor.
+    counts only the slots that contain a first choice. At perfect balance, the loss is therefore the square of the
+    fraction of these slots instead of 1. If level one is dropless, its capacity is treated as unlimited, and only
+    occupied slots count as tokens. Capacity and means are then computed as if the choices were evenly distributed over
+    the experts. If there is only one outer expert, the length is n, because each token chooses an expert at most once.
+    Level two never receives more slots than this even share, regardless of its capacity factor.
 
     Args:
         groups: `(b, n, d)`.
         outer: the routing of level one.
         outer_permutation: `permute_to_slots(join_groups(outer, in_slots=True))`.
         group_size: group size at level two, or None to keep the level-one groups.
-        side: side inputs `(b, n, ...)` of the gate. Empty slots get zeros and importance 0. `given_experts_inner`
-            `(b, n, k, k2)` has an entry for each level-one choice of a token.
+        side: side inputs `(b, n, ...)` of the gate. Empty slots contain zeros and have importance 0.
+            `given_experts_inner` `(b, n, k, k2)` has an entry for each level-one choice of a token.
     """
     if outer.k is None:
         raise ValueError(
@@ -85,8 +85,9 @@ def dispatch_to_inner_gate(
 def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
     """Return the joint assignments of both levels.
 
-    Each token has the choices of all its slots, in order. The weight of a choice is the product of its weights at both
-    levels. Experts therefore read tokens from the inputs, not from the level-one slots.
+    Each token receives the level-two choices that are made for all of its slots, in slot order. The weight of a choice
+    is the product of its weights at both levels. With joint assignments, experts read tokens directly from the inputs
+    instead of from the level-one slots.
 
     Args:
         outer: the routing of level one.

@@ -56,7 +56,8 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     """Compute the logits of tokens `(..., b, n, d)` with a module, and return them in float32 (float64 if the module
-    returns float64), even under autocast. The module runs in the wider of the tokens' and the weights' dtypes."""
+    returns float64), even under autocast. The module runs in the dtype of the tokens or that of its weights, whichever
+    is wider."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
         reject_batch_invariance(f"logits are computed by {type(module).__name__}")
@@ -88,10 +89,10 @@ class RouterLogits(FixedShapeModule):
     Args:
         dim, num_experts: model dimension d and number of experts e.
         norm_eps: epsilon of the RMS normalization, which divides tokens by their root mean square and multiplies them
-            by `norm_weight (*outer, d)`. None disables normalization.
+            by `norm_weight (*outer, d)`. If None, normalization is disabled.
         multiplier: factor by which the logits are multiplied.
-        softcap: bound for the magnitude of the logits, applied as `softcap * tanh(logits / softcap)`, or None for no
-            bound.
+        softcap: maximum magnitude of the logits, enforced with `softcap * tanh(logits / softcap)`, or None for no
+            limit.
         bias: whether to add `bias (*outer, e)` to the product.
         outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
         device, dtype: device and dtype of the weights.
@@ -195,10 +196,12 @@ class _Logits(torch.autograd.Function):
 def _narrow_grads(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the gradients of bfloat16 operands without float32 copies of the operands or the tokens' gradient.
+    """Compute the gradients of bfloat16 operands without creating float32 copies of the operands or of the tokens'
+    gradient.
 
-    `grad` is split into two bfloat16 tensors whose sum lacks only the last 8 bits of float32. Products are accumulated
-    in float32. The resulting error is 100x smaller than the error from rounding the results to bfloat16.
+    `grad` is split into two bfloat16 tensors. Their sum represents all but the last 8 bits of the float32 values.
+    Products are accumulated in float32. The resulting error is 100x smaller than the error from rounding the results to
+    bfloat16.
     """
     *outer, t, e = grad.shape
     wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
@@ -249,7 +252,7 @@ def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `x @ weight` in float32 without float32 copies of the operands, with the same sums."""
+    """Compute `x @ weight` with float32 accumulation and output, without creating float32 copies of the operands."""
     *outer, t, d = x.shape
     if not outer:
         mm: Any = torch.mm

@@ -103,7 +103,8 @@ class NoisyTopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, found, chosen=chosen, priority_score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
-        """Return the squared coefficients of variation of importance and load, both summed over the call."""
+        """Return the squared coefficients of variation of the importance and the load. Both are first summed over all
+        tokens."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
             _, value = self.select_counted(tokens, None, value)
@@ -112,8 +113,8 @@ class NoisyTopKGating(TokenChoiceGate):
 
 
 def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor) -> Tensor:
-    """Return P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is resampled (appendix
-    A, equation 9).
+    """Return P(x, i) `(..., e)`, the probability of choosing expert i if only its own noise is resampled (appendix A,
+    equation 9).
 
     Args:
         clean, noisy, spread: `(..., e)`, the scores without noise, the scores with noise, and the noise standard

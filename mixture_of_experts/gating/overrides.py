@@ -34,15 +34,15 @@ KEEP_ROUTER_CHOICE = -(1 << 15)  # the minimum int16 value
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Use the `overrides` `(..., b, n, k)` in place of the gate's `own` choices, except where they are
+    """Replace the gate's `own` choices with the `overrides` `(..., b, n, k)`, except where an override is
     `KEEP_ROUTER_CHOICE`.
 
     Args:
         overrides: externally specified choices, encoded as described in this module, or None.
-        own, made: the gate's own experts, and a mask of those that it chooses (None for all).
+        own, made: the gate's own choices, and a mask of the choices that it makes, or None if it makes all of them.
 
     Returns:
-        The experts, from 0 to e - 1, and a mask of those that are chosen (None if all are).
+        The expert ids, from 0 to e - 1, and a mask of the choices that are made, or None if all are made.
     """
     if overrides is None:
         return own, made
@@ -54,14 +54,14 @@ def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None =
 
 
 def is_computed(given: Tensor) -> Tensor:
-    """Return a mask of the externally specified choices that are computed if chosen. Choices that only take their share
-    of the weight are not computed."""
+    """Return a mask that is False for externally specified choices whose expert receives its share of the weight but
+    does not compute the token."""
     return (given >= -1) | (given == KEEP_ROUTER_CHOICE)
 
 
 def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
-    """Replace weights `(..., b, n, k)` with externally specified weights. Weights are kept if the new weight is NaN or
-    the token is padding, as indicated by the mask `padding` `(..., b, n, 1)`."""
+    """Replace weights `(..., b, n, k)` with externally specified weights. A weight is kept if the new weight is NaN, or
+    if the mask `padding` `(..., b, n, 1)` marks the token as padding."""
     if given.shape != weight.shape or not given.is_floating_point():
         raise ValueError(
             f"{GIVEN_WEIGHTS} must be a floating-point tensor of shape {tuple(weight.shape)}, got {given.dtype} "
@@ -72,8 +72,8 @@ def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> T
 
 
 def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
-    """Check that externally specified choices `(..., k)` are valid, and that no `active` `(...)` token has the same
-    expert twice. The check reads tensor values, so it is skipped on a GPU and in traced graphs."""
+    """Check that externally specified choices `(..., k)` are valid, and that no token in the mask `active` `(...)` has
+    the same expert twice. The check reads tensor values, so it is skipped on a GPU and in traced graphs."""
     if not is_host_readable(given):
         return
     given = given if active is None else torch.where(active.unsqueeze(-1), given, -1)
@@ -124,7 +124,7 @@ def forced_experts(
     chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return forced experts as int64 `(..., b, n, k)`, with -1 for choices beyond the number of experts.
+    """Return forced experts as an int64 tensor `(..., b, n, k)`, with -1 for choices beyond the number of experts.
 
     Args:
         how: "balanced" or "random".

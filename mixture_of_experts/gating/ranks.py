@@ -13,8 +13,8 @@ from mixture_of_experts.support.private_torch import find_process_group
 class Ranks:
     """Holds a process group or None. Copies share the group, while a pickle stores only the group's name and ranks.
 
-    Unpickling in the same job restores the group. In any other process, the holder is empty. If process groups are
-    initialized there, a warning reports that the gate's losses cover only one rank.
+    Unpickling in the same job restores the group. In any other process, the holder is empty. If `torch.distributed` is
+    initialized in that process, a warning reports that the gate's losses cover only one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -46,10 +46,11 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
 
 
 def ranks_of_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the group over which counts are summed: `group` if set, otherwise all ranks, or None in a single process.
+    """Return the group over which counts are summed: `group` if it is set, otherwise all ranks, or None in a single
+    process.
 
-    A gate's own `process_group` is not used, because it may contain only some of the ranks that hold the gate, whereas
-    all of these ranks must compute the same update from the counts.
+    The gate's own `process_group` is not used, because it may exclude some of the ranks that hold the gate. All ranks
+    that hold the gate must compute the same update from the counts.
     """
     if group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Saves router memory on a GPU by recomputing large results for all tokens and experts in the backward pass.
+"""Reduces the router's memory use on a GPU by recomputing large results in the backward pass.
 
 Axes: n (tokens), d (model dimension), e (experts), k (choices).
 """
@@ -26,8 +26,8 @@ def recomputed_on_gpu(
     router `(..., d, e)`.
 
     On a GPU, large results are recomputed in the backward pass instead of being saved, at the cost of another pass over
-    the tokens. Results are saved on a CPU, where recomputation is slow and memory is cheap. They are also saved if a
-    module rather than a matrix computes them, because the module may draw random numbers.
+    the tokens. Results are saved on a CPU, where recomputation is slow and memory is cheap. Results are also saved if
+    they are computed by a module instead of a matrix, because the module may draw random numbers.
     """
     large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
     if not large or is_exporting() or is_in_transform():
@@ -45,7 +45,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values.gather(-1, index)` without saving `values` for the backward pass on a GPU."""
+    """Return `values.gather(-1, index)`. On a GPU, `values` is not saved for the backward pass."""
     if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)

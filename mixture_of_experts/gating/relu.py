@@ -1,4 +1,5 @@
-"""ReLU routing, in which tokens choose the experts with positive logits, so the task loss trains these logits directly.
+"""ReLU routing, in which each token chooses the experts with positive logits. The task loss trains these logits
+directly.
 
 Axes: b (groups), n (tokens per group), e (experts), k (maximum number of choices per token). `...` stands for the outer
 expert dimensions.
@@ -36,11 +37,11 @@ class ReLUGating(TopKGating):
     The number of experts per token is learned. The balancing loss (equation 11 in the paper) is
     `l1_coef * e / mean_choices * sum_e f_e R_e`, where R is the mean weight. This is an L1 norm of the weights in which
     each weight is multiplied by its expert's load f. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized
-    to 1e-8. After each step, `control_sparsity(model, optimizer)` multiplies or divides it until tokens make
-    `mean_choices` choices on average (equations 7 and 8). It is clamped between 1e-12 and 1000.
+    to 1e-8. After each step, `control_sparsity(model, optimizer)` adjusts the coefficient so that tokens make
+    `mean_choices` choices on average (equations 7 and 8). The coefficient is clamped between 1e-12 and 1000.
 
-    A token whose logits are all negative has no expert. Initially, about half of the logits are positive. If there are
-    more than k of them, the norm and the load still include all positive logits.
+    A token whose logits are all negative is not routed to any expert. Initially, about half of the logits are positive.
+    If a token has more than k positive logits, the norm and the load still include all of them.
 
     Args:
         dim, num_experts: model dimension d and number of experts e.
@@ -49,8 +50,8 @@ class ReLUGating(TopKGating):
         balance_over, settings: see `TopKGating`.
 
     Shape:
-        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
-        marks the choices that are made.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
+        `chosen` mask marks the choices that are made.
 
     Example:
         >>> import torch
@@ -106,7 +107,7 @@ class ReLUGating(TopKGating):
         return self.mean_choices
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose each token's experts with positive logits, limited to the k largest."""
+        """For each token, choose the experts with the largest positive logits, up to k experts."""
         decided = super().decide(tokens)
         if not self.training:
             return decided
@@ -137,11 +138,12 @@ class ReLUGating(TopKGating):
         """Multiply `l1_coef` by `rate` if tokens make more than `mean_choices` choices on average, or divide it if they
         make fewer.
 
-        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forward
-        passes that were followed by a backward pass since the last call. Counts are summed over the ranks in `group`,
-        regardless of the gate's `process_group`, and all of these ranks must call this method. By default, the group
-        contains all ranks if `torch.distributed` is initialized. If nothing was counted, the coefficient is not
-        changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
+        Call this method once per optimizer step. The method counts the positive logits of real tokens. Training forward
+        passes since the last call are counted if they were followed by a backward pass. Counts are summed over the
+        ranks in `group`, regardless of the gate's `process_group`, and all of these ranks must call this method. By
+        default, the group contains all ranks if `torch.distributed` is initialized. If nothing was counted, the
+        coefficient is not changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in
+        `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
@@ -149,8 +151,8 @@ class ReLUGating(TopKGating):
         self.choice_counts.zero_()
 
     def excess(self, counts: Tensor) -> Tensor:
-        """Return the number of choices in excess of `mean_choices` per token, as a 0-dim float64 tensor. `counts`
-        `(2,)` contains the numbers of choices and tokens."""
+        """Return the number of choices minus `mean_choices` times the number of tokens, as a 0-dim float64 tensor.
+        `counts` `(2,)` contains the number of choices and the number of tokens."""
         choices, tokens = counts.to(torch.float64)
         return choices - self.mean_choices * tokens
 

@@ -1,4 +1,4 @@
-"""SparseMixer, which samples experts during training and estimates the router's gradient of the expected output.
+"""SparseMixer, a router that samples experts during training and estimates the gradient of the expected output.
 
 Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for the
 outer expert dimensions.
@@ -27,8 +27,8 @@ class SparseMixerGating(TokenChoiceGate):
 
     Each token chooses experts one at a time. The candidates are the best remaining expert and all experts that are
     nearly as good. During training, an expert is sampled from the softmax over the candidates' logits. During
-    evaluation, the best expert is chosen. The weight is the expert's probability in this softmax. During training,
-    three out of four sampled choices other than the best are scaled to a third of their weight, while their gradient is
+    evaluation, the best expert is chosen. The weight is the expert's probability in this softmax. If a sampled expert
+    is not the best one, its weight is scaled to one third with a probability of 0.75, while its gradient remains
     unchanged. This is Heun's third-order estimate of the gradient of the expectation.
 
     Args:
@@ -100,8 +100,8 @@ class SparseMixerGating(TokenChoiceGate):
         """Choose one expert per token. `left` is -inf for experts that are already chosen.
 
         Returns:
-            Three tensors `(..., b, n, 1)`: the expert, a mask of whether it is chosen (None if all are), and its
-            weight.
+            Three tensors `(..., b, n, 1)`: the expert, a mask that is True if the expert is chosen (None if all are
+            chosen), and the expert's weight.
         """
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)

@@ -93,7 +93,7 @@ class AlwaysChosen:
 
 class OpenGroups:
     """A `select` step that sets the biased scores of experts in closed groups to 0, instead of ranking them below all
-    others. These experts therefore rank above experts in open groups that have negative biased scores."""
+    others. Experts in closed groups therefore rank above experts in open groups whose biased scores are negative."""
 
     num_groups: int
     top_groups: int

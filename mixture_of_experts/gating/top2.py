@@ -42,8 +42,8 @@ class Top2Gating(TokenChoiceGate):
         capacity_factor_train, capacity_factor_eval: number of slots per expert as a multiple of n / e (not k n / e), or
             None for a dropless gate.
         min_expert_capacity: minimum number of slots per expert, which takes precedence over all other limits.
-        second_place_loss: whether to add half of the balancing loss over second choices. Both parts are then also
-            reported, as `losses["first_place"]` and `losses["second_place"]`.
+        second_place_loss: whether to add half of the balancing loss over second choices. If True, both parts are also
+            reported as `losses["first_place"]` and `losses["second_place"]`.
         priority: determines which choices keep their slots: "choice" (GShard), "token" (causal) or "score" (batch
             priority).
         process_group: process group across which the batch is split; see `Gate`.
@@ -124,7 +124,7 @@ class Top2Gating(TokenChoiceGate):
 
     @property
     def second(self) -> tuple[SecondPolicy, float]:
-        """The policy for second choices in the current mode, and its threshold."""
+        """The current mode's policy for second choices, and the threshold of this policy."""
         if self.training:
             return self.second_policy_train, self.second_threshold_train
         return self.second_policy_eval, self.second_threshold_eval
@@ -180,7 +180,7 @@ class Top2Gating(TokenChoiceGate):
         return torch.stack([tokens.makes_all_choices, tokens.makes_any_choice], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, makes_both: Tensor | None) -> Tensor:
-        """Return the probabilities after setting each token's first choice to 0. Tokens without a first choice are
+        """Return the probabilities with each token's first choice set to 0. Tokens without a first choice are
         unchanged."""
         if makes_both is None:
             return probs.scatter(-1, expert_1, 0.0)
@@ -205,8 +205,8 @@ class Top2Gating(TokenChoiceGate):
         return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
-        """Return a `(..., b, n, 2)` bool mask of the choices that the current mode's policy sends, or None if it sends
-        all."""
+        """Return a `(..., b, n, 2)` bool mask of the choices that are sent according to the current mode's policy, or
+        None if all choices are sent."""
         (policy, threshold), second, sent = self.second, weight[..., 1].detach(), None
         if policy == "none":
             sent = torch.zeros_like(second, dtype=torch.bool)
@@ -219,10 +219,10 @@ class Top2Gating(TokenChoiceGate):
         return sent if self.num_experts > 1 else both(sent, weight != 0)  # a single expert allows no second choice
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """Return the requested losses, which count the choices that the policy sends.
+        """Return the requested losses. They count the choices that are sent according to the policy.
 
-        The same policy determines whether externally specified choices that are not computed are counted. If the policy
-        is "random", such second choices are excluded, because the outcome of the draw is unknown.
+        The policy also determines whether the losses count externally specified choices that are not computed. If the
+        policy is "random", such second choices are not counted, because the outcome of the draw is unknown.
         """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:

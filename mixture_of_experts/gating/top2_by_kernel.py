@@ -2,8 +2,8 @@
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), d (model dimension), e (experts).
 
-The first call of each kind runs a self-check. If the kernels raise an error or their results differ from those of
-torch's operators, they are disabled for the process, and a warning is emitted.
+The first call of each kind runs a self-check. If the kernels raise an error, or if their results differ from those of
+torch's operators, the kernels are disabled for the rest of the process, and a warning is emitted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SELF_CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
 
 def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
-    """Return why the kernels do not support the call, or None if they do."""
+    """Return the reason why the kernels do not support the call, or None if they support it."""
     if not has_kernel(tokens.x, gate.w_gating):
         return NO_KERNEL
     base = find_declaring_class(type(gate), "implementations")
@@ -172,7 +172,7 @@ def grads_by_operators(
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Compare the kernels with torch's operators on this device, using generated tokens and the gate's settings. Return
-    a description of the difference, or None if they agree."""
+    a description of the difference, or None if the results agree."""
     kind = gate.num_experts, gate.second[0], tokens.makes_all_choices is not None, gate.eps
     base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
     check = partial(_find_fault, base, tokens.x.device, gate.second[1], *kind)

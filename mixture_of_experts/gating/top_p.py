@@ -20,7 +20,8 @@ from mixture_of_experts.support.checks import check_number
 
 
 class TopPGating(TopKGating):
-    """A router in which each token chooses the smallest number of experts, at most k, whose probabilities add up to p.
+    """A router in which each token chooses the smallest set of experts whose probabilities sum to at least p, limited
+    to k experts.
 
     See arXiv 2403.07652. A token chooses a single expert if the router is confident, and several experts otherwise. The
     weights are the probabilities, as in the paper; `normalize=True` divides them by their sum. The balancing loss is
@@ -36,8 +37,8 @@ class TopPGating(TopKGating):
         normalize, settings: see `TopKGating`.
 
     Shape:
-        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
-        marks the choices that are made.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. The routing's
+        `chosen` mask marks the choices that are made.
 
     Example:
         >>> import torch
@@ -69,8 +70,8 @@ class TopPGating(TopKGating):
         return None
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts with the largest scores. A choice is made if the previous choices do not reach a total of
-        p."""
+        """Return the experts with the largest scores. A choice is made if the probabilities of the previous choices sum
+        to less than p."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         return expert, both(chosen, exclusive_sums(prob) < self.p)

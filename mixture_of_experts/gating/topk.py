@@ -87,9 +87,9 @@ class TopKGating(TokenChoiceGate):
             `(logits, scores, expert_bias)` must return the ranking values `(..., b, n, e)` and handle the bias and
             expert groups itself. Experts with the value -inf are not chosen, so a token with fewer than k other experts
             makes fewer choices.
-        group_score: score of an expert group. "two_best" is the sum of its two largest scores, and "best" is its
-            largest score. A custom function receives scores `(..., b, n, num_groups, e / num_groups)`. Groups with the
-            score -inf are closed.
+        group_score: score of an expert group. "two_best" is the sum of the group's two largest scores, and "best" is
+            the group's largest score. A custom function receives scores `(..., b, n, num_groups, e / num_groups)`.
+            Groups with a score of -inf are closed.
         weigh: whether the weight of a choice is its "score" or the "softmax" over the logits of the chosen experts. A
             custom function `(logits, scores, expert)` must return the weights `(..., b, n, k)`. In this case,
             `normalize` defaults to False.
@@ -246,12 +246,12 @@ class TopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose experts by their biased scores `(..., b, n, e)`.
+        """Choose experts based on their biased scores `(..., b, n, e)`.
 
         Returns:
-            The experts as int64 `(..., b, n, k)`, best first, and a bool mask of the choices that are made, or None if
-            all are made. Choices with a score of -inf are not made. Only custom functions and modules can produce such
-            scores, so no other scores are checked.
+            The chosen experts as an int64 tensor `(..., b, n, k)`, best first, and a bool mask of the choices that are
+            made, or None if all are made. Choices with a score of -inf are not made. Only custom functions and modules
+            can produce such scores, so scores from other sources are not checked.
         """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
@@ -278,8 +278,9 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def first_is_likeliest(self) -> bool:
-        """Whether the scores are a softmax and each token's first choice is always its most likely expert. If so, the
-        z-loss can be computed from this choice. Subclasses that choose experts differently must return False."""
+        """Whether the scores are softmax probabilities and each token's first choice is always its most likely expert.
+        If so, the z-loss can be computed from this choice. Subclasses that choose experts differently must return
+        False."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
@@ -405,12 +406,13 @@ class TopKGating(TokenChoiceGate):
         `rate * sign(mean load - load)`.
 
         Call this method once per optimizer step (`optimizer.register_step_post_hook`). An expert's load is the number
-        of real tokens that chose it, before the capacity limit, in all training forward passes that were followed by a
-        backward pass since the last call. Loads are summed over the ranks in `group`, and all of these ranks must call
-        this method. By default, the group contains all ranks if `torch.distributed` is initialized. The gate's
-        `process_group` applies only to losses. All ranks that hold this gate need the same bias, so pass them as
-        `group` if some ranks hold other layers. A rate of 0 leaves the bias unchanged. Under `DistributedDataParallel`,
-        each rank keeps its own counts. If `find_unused_parameters=True`, a warning explains what to call first.
+        of real tokens that chose it, before the capacity limit is applied. Training forward passes since the last call
+        are counted if they were followed by a backward pass. Loads are summed over the ranks in `group`, and all of
+        these ranks must call this method. By default, the group contains all ranks if `torch.distributed` is
+        initialized. The gate's `process_group` applies only to losses. All ranks that hold this gate need the same
+        bias, so `group` must contain exactly these ranks if other ranks hold other layers. A rate of 0 leaves the bias
+        unchanged. Under `DistributedDataParallel`, each rank keeps its own counts. If `find_unused_parameters=True`, a
+        warning explains what to call before wrapping the model.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)

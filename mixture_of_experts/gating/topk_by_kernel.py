@@ -1,10 +1,10 @@
-"""Implements `TopKGating` with a single kernel for inference on short groups on NVIDIA GPUs.
+"""Implements `TopKGating` with a single kernel on NVIDIA GPUs, for inference on short groups.
 
 Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices).
 
 Each kernel program processes one group, so groups must be short, as they are during decoding. The first call of each
-kind runs a self-check. If the kernel raises an error or its results differ from those of torch's operators, it is
-disabled for the process, and a warning is emitted.
+kind runs a self-check. If the kernel raises an error, or if its results differ from those of torch's operators, the
+kernel is disabled for the rest of the process, and a warning is emitted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SELF_CHECK = SelfCheck("the Triton kernels of gates")
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
-    """Return why the kernel does not support the call, or None if it does."""
+    """Return the reason why the kernel does not support the call, or None if it supports it."""
     if gate.training or torch.is_grad_enabled():
         return "it supports only eval mode without gradients"
     if not has_kernel(tokens.x, *gate.parameters()):
@@ -66,8 +66,8 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
 
 
 def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
-    """Return why the kernel and the "numbers" implementation do not support the gate's settings or overridden methods,
-    or None if they do. Only overrides of the `replaced` methods are checked."""
+    """Return the reason why the kernel and the "numbers" implementation do not support the gate's settings or
+    overridden methods, or None if both are supported. Only overrides of the `replaced` methods are checked."""
     if (method := find_overridden(gate, find_declaring_class(type(gate), "implementations"), replaced)) is not None:
         return f"{type(gate).__name__} overrides {method}"
     if type(gate.logits) not in (type(None), RouterLogits):
@@ -106,7 +106,7 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
 
 def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
     """Compare the kernel with torch's operators on this device, using generated tokens and the gate's settings. Return
-    a description of the difference, or None if they agree."""
+    a description of the difference, or None if the results agree."""
     names = ("num_experts", "k", "score", "weigh", "normalize", "scale", "eps")
     kind = {name: getattr(gate, name) for name in names} | {"expert_bias": gate.expert_bias is not None}
     base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
@@ -138,7 +138,7 @@ def _find_fault(base: Any, device: torch.device, settings: Mapping[str, Any]) ->
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:
     """Return a description of how a kernel's results differ from those of torch's operators, or None if they agree.
 
-    A single token may choose different experts, because its scores may be equal up to rounding.
+    One token is allowed to choose different experts, because its scores may be equal up to rounding.
     """
     for name, want in wanted.items():
         differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=atol, equal_nan=True).logical_not().sum()

@@ -1,4 +1,4 @@
-"""Implements `TopKGating` for inference on a single token on a CPU, using Python numbers, which are faster than
+"""Implements `TopKGating` for single-token inference on a CPU. Python numbers are used because they are faster than
 operators.
 
 Axes: d (model dimension), e (experts), k (choices).
@@ -32,7 +32,8 @@ MIN_TOTAL = 1e-9  # minimum sum of the weights for normalization
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
-    """Return why this gate and these tokens cannot be processed with Python numbers, or None if they can."""
+    """Return the reason why Python numbers cannot be used for this gate and these tokens, or None if they can be
+    used."""
     x = tokens.x
     if gate.training or torch.is_grad_enabled():
         return "it supports only eval mode without gradients"
@@ -55,9 +56,9 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
     """Compute the `Routing` of a single token `(1, 1, d)`.
 
-    Operators are used instead if a score is not finite, or if weights that must be normalized are close to 0. The
-    scores of unlikely experts that are chosen because of their bias may round to 0, whereas a softmax over their logits
-    does not.
+    Operators are used instead if a score is not finite, or if weights that must be normalized are close to 0. Experts
+    that are chosen only because of their bias may have scores that round to 0, whereas the softmax over their logits
+    does not round to 0.
     """
     logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)

@@ -1,4 +1,4 @@
-"""Recipes for published models, which contain the settings of their routers and experts::
+"""Recipes for published models. A recipe contains the settings of a model's routers and experts::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
     recipes.MODELS["mixtral"]                                 # its recipe

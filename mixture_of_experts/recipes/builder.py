@@ -29,8 +29,8 @@ class PublishedModel(NamedTuple):
     Attributes:
         name: name of the model.
         num_experts: number of experts per layer, excluding shared experts.
-        active, total: number of parameters used per token and total number of parameters, in billions, or None if not
-            published.
+        active, total: the number of parameters used per token and the total number of parameters, in billions, or None
+            if they are not published.
     """
 
     name: str
@@ -53,19 +53,19 @@ class Recipe:
         scales: learned scales that multiply the normalized weights. "expert" uses one scale per expert, and "all" uses
             a single scale.
         experts: settings of the experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias".
-            Clamped activations also have "limit", "alpha" and "after".
-        apply_router_weight_on_input: whether router weights multiply the experts' inputs.
+            Clamped activations have the additional settings "limit", "alpha" and "after".
+        apply_router_weight_on_input: whether the experts' inputs are multiplied by the router weights.
         latent: width of the latent space as a fraction of d, or 0 for no latent experts. Latent experts are followed by
             a normalization layer.
         identity: number of identity experts, which return the token, as a fraction of the number of regular experts.
         zero: number of zero experts, which return zero.
         shared: hidden width of the shared expert as a multiple of an expert's hidden width, or 0 for no shared expert.
         shared_gate: whether the shared expert's output is multiplied by a learned gate for each token.
-        layer: loss coefficients, passed as arguments to `MoE`. Coefficients for expert groups apply only if the gate
-            has expert groups.
-        router_aux_loss_coef: coefficient of a loss that the published model computes once over all layers, and the
-            number of layers, as a pair. `loss_coef` is then coefficient * k / layers. The coefficient comes from the
-            model's published configuration or is the default of the configuration class.
+        layer: loss coefficients, passed as arguments to `MoE`. Coefficients of losses over expert groups apply only if
+            the gate has expert groups.
+        router_aux_loss_coef: for a loss that the published model computes once over all layers, a pair that consists of
+            the loss coefficient and the number of layers. `loss_coef` is then coefficient * k / layers. The coefficient
+            comes from the model's published configuration or is the default of the configuration class.
         published: a model with these layers, if its dimensions are known.
     """
 
@@ -165,16 +165,17 @@ def build(
         recipe: one of `MODELS`, or a custom recipe.
         dim, num_experts: model dimension d, and number of experts e, excluding zero-computation experts.
         hidden_dim: hidden dimension of each expert, h. Default: 4 d.
-        layers: number of these layers in your model. The coefficient of a loss over all layers is divided by this
-            number. Default: the published number of layers. Recipes whose papers specify coefficients per layer do not
-            accept this argument.
+        layers: number of these layers in your model. If a loss is computed over all layers, its coefficient is divided
+            by this number. Default: the published number of layers. Recipes whose papers specify coefficients per layer
+            do not accept this argument.
         latent_dim: width of the latent space in which experts operate, between two linear layers (arXiv 2601.18089).
             Default: the recipe's width, or d.
         activation: activation that replaces the recipe's activation; see `MoE`.
         gate, experts: modules that replace the recipe's gate and experts; see `MoE`.
         device, dtype: device and dtype of the weights.
-        changes: arguments that replace the recipe's settings. They are arguments of `MoE` (`loss_coef`, `z_loss_coef`,
-            `loss_coefs`, `group_size`, `shared_expert`) or of the gate (`k`, `capacity_factor_train` and all others).
+        changes: arguments that replace the recipe's settings. These can be arguments of `MoE` (`loss_coef`,
+            `z_loss_coef`, `loss_coefs`, `group_size`, `shared_expert`) or any arguments of the gate, such as `k` and
+            `capacity_factor_train`.
 
     Raises:
         ValueError: if `num_experts` is at most the published k, so that every expert would be chosen, or if an argument
@@ -216,8 +217,8 @@ def build(
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError if the published k would choose all experts. If the caller passes k, it may choose all of
-    them."""
+    """Raise ValueError if the published k would choose all experts. If the caller passes k, choosing all experts is
+    allowed."""
     k, total = recipe.gate.get("k"), e + spare
     may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens may choose fewer than k experts
     if k is None or "k" in changes or total > k or (total == k and may_be_all):
@@ -257,7 +258,7 @@ def _make_experts(
 
 
 def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_coef: bool) -> dict[str, Any]:
-    """Return a recipe's loss coefficients for a model with `layers` of these layers. If `has_loss_coef` is True, the
+    """Return a recipe's loss coefficients for a model that has `layers` such layers. If `has_loss_coef` is True, the
     caller passes the coefficient of the load-balancing loss."""
     coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
