@@ -28,7 +28,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
     for model in models:
         if "attention_mask" in inspect.signature(model.forward).parameters:
             return model
-        if model.main_input_name != "input_ids":  # it reads images or audio, and outer masks describe other tokens
+        # for a model that reads images or audio, the masks of enclosing models describe other tokens
+        if model.main_input_name != "input_ids":
             break
     return models[0] if models else None
 
@@ -104,7 +105,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
     if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # positions in text; the other three are coordinates in images and videos
+        positions = positions[0]  # text positions; the other three rows are image and video coordinates
     if documents is None and lengths is not None and b == 1:
         documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
     elif documents is None and positions is not None and positions.ndim == 2:
@@ -112,7 +113,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         documents = starts.cumsum(dim=-1)
     if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
         return None
-    # distributed runs do not read values, because all ranks must agree on whether rows are packed
+    # distributed runs skip this check, because all ranks must agree on whether rows are packed
     if not is_distributed() and is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
         return None
     return documents.expand(b, n)
