@@ -81,9 +81,8 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
         return metadata._replace(segment_ids=find_documents(arguments, (b, n)))
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
         token_mask = mask[:, -n:].bool()
-        is_decoding_step = (
-            n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
-        )  # in a decoding step of `generate`, all tokens are real
+        # in a decoding step of `generate`, all tokens are real
+        is_decoding_step = n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
         return metadata if is_decoding_step else metadata._replace(mask=token_mask)
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return metadata._replace(mask=mask_from_diagonal(mask, arguments))

@@ -179,9 +179,8 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         block = model.get_submodule(name)
         moe = convert_to_layer(block, **layer_settings(coefs))
         masked, path = uses_model_mask(model, name), find_router_path(block)
-        reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
-            moe.gate
-        )  # stateful routers do not report their logits
+        # stateful routers do not report their logits
+        reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(moe.gate)
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))

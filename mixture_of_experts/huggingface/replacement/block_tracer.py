@@ -83,9 +83,8 @@ class BlockTracer(GraphAppendingTracer):
         self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls, keyed by submodule
         self.results: dict[str, TracedTensor] = {}  # results of linear layers
         self.other_parts: dict[str, nn.Module] = {}  # other layers that received traced tensors as input
-        self.source_uses: list[
-            str | float
-        ] = []  # sources of traced values, once per linear layer or symbol that reads them
+        # sources of traced values, repeated for each linear layer or symbol that reads them
+        self.source_uses: list[str | float] = []
         self.chains: list[LinearChain] = []
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
