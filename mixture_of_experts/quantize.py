@@ -148,7 +148,7 @@ def call_rounding(
                 f"{of} must return a {name} that is finite in bfloat16, got values from {part.min()} to {part.max()}"
             )
     step, zero = (part.bfloat16().float() for part in (step, zero))
-    for level in (0, 15):  # checking the extreme levels is sufficient; products in `int4.unpack_matrix` may overflow
+    for level in (0, 15):  # products in `int4.unpack_matrix` may overflow; checking the extreme levels is sufficient
         if not (level * step + (zero - 8 * step)).isfinite().all():
             raise ValueError(
                 f"{of} must return a step and a zero that yield finite weights for all levels from 0 to 15, got steps "

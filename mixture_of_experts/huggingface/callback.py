@@ -106,7 +106,7 @@ class BalanceCallback(TrainerCallback):
         self.balancing: ExpertBalancing | None = None
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        ignore_counts_in_ddp(kwargs["model"])  # must run before DDP wraps the model
+        ignore_counts_in_ddp(kwargs["model"])  # call this before DDP wraps the model
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()

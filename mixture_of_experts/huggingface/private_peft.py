@@ -89,7 +89,8 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
 def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
     """Set the LoRA factors A and B of a stacked weight, so that `read_stack_factors` returns `left` and `right` if the
     scaling factor is 1."""
-    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
+    # shapes (e, width of B, k) and (e, k, width of A)
+    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)
     wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
     wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
 

@@ -166,7 +166,7 @@ def split_columns(block, INTERLEAVED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def grouped_matmul_kernel(
     x,  # (t, c) tokens, or (r, c) rows
-    token,  # (r,) int32; None if x contains rows
+    token,  # (r,) int32, token of each row; None if x is `(r, c)`
     weight,  # (e, c, n) with any strides; (e, c, 2 n) if INTERLEAVED
     weight_up,  # second weight of gated experts, or None
     bias,  # (e, n) or (e, 2 n) with any strides, or None
@@ -326,7 +326,7 @@ def hidden_grads(
     left_half, right_half = split_columns(acc, False)
     parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
-        grad_hidden = parts[i]  # not yet multiplied by the row weights
+        grad_hidden = parts[i]  # the gradient is not yet multiplied by the row weights
         start = block * BLOCK_N + i * width
         column = start + tl.arange(0, width)
         stored = exists[:, None] & (column < N)[None, :]
@@ -414,7 +414,7 @@ def weight_grads(
     out_e,
     out_m,
     out_n,
-    GATHER_X: tl.constexpr,  # whether x is gathered; otherwise, y is
+    GATHER_X: tl.constexpr,  # whether rows are gathered from x rather than y
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -30,12 +30,12 @@ def find_rows_kernel(
     position,  # (c,) int64: position of each choice in its queue
     chosen,  # (c,) bool: whether each choice is queued
     kept,  # (c,) bool: whether each choice is computed
-    slot,  # (a / k2,) int64: level-two token of each level-one choice, s if it has none; None for a single level
+    slot,  # (a / k2,) int64: level-two token of each level-one choice (s if it has none); None for a single level
     length,  # (q,) int64: number of rows in each queue; later positions have no rows
     stop,  # (q,) int64: end of each queue's rows
-    row,  # (a,) int32, output: row of each assignment, r if it has none
-    assignment,  # (r,) int32, output: assignment of each row, a for unused rows at the end
-    token,  # (r,) int32, output: token of each row, t for unused rows at the end
+    row,  # (a,) int32, output: row of each assignment (r if it has none)
+    assignment,  # (r,) int32, output: assignment of each row (a for unused rows at the end)
+    token,  # (r,) int32, output: token of each row (t for unused rows at the end)
     counts,  # (e,) int64, output: row count of each expert
     num_assignments,
     num_rows,

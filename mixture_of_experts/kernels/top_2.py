@@ -19,7 +19,7 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
 MAX_NUMEL_AT_ONCE = 1024  # maximum number of elements (tokens x experts) that a program processes at a time
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-# minimum tokens per program, and maximum tokens processed at a time
+# minimum number of tokens per program, and maximum number processed at a time
 MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128
 
 
@@ -35,7 +35,7 @@ def top_2_kernel(
     primary,  # (g, n, 2) bool: whether each choice has more than half of the weight
     probs,  # (g, n, e) float32
     log_total,  # (g, n) float32: logsumexp of the logits
-    # (2, g, p, e) float32: number of first choices and sum of probabilities, for each expert and over counted tokens
+    # (2, g, p, e) float32: each expert's number of first choices and sum of probabilities, over counted tokens
     sums,
     totals,  # (g, p, 2) float32: sum of squared `log_total` over counted tokens, and number of counted tokens
     length,  # n

@@ -19,7 +19,7 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 @triton.jit(do_not_specialize=["length"])
 def top_k_kernel(
     logits,  # (t, e) float32
-    bias,  # (e,) float32, added to the scores only to choose experts; or None
+    bias,  # (e,) float32, added to the scores for the choice of experts only; or None
     expert,  # (t, k) int64, output: best choice first; ties go to the lowest index
     weight,  # (t, k) float32, output
     probs,  # (t, e) float32, output

@@ -24,7 +24,7 @@ from mixture_of_experts.stats import routing_of
 Outcome = dict[str, Tensor]
 TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have one entry per token
 RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except buffer changes
-RunFunction = Callable[..., Any]  # runs a function on tokens, for example under checkpointing or compiled
+RunFunction = Callable[..., Any]  # runs a function on tokens, for example with checkpointing or compilation
 ROUNDING_LIMIT = 1e-4  # maximum difference due to rounding, relative to the largest absolute value of a tensor
 
 

@@ -49,7 +49,7 @@ BLOCK_CLASSES: dict[str, str] = {
 }
 #: recipe names, keyed by block class
 RECIPES_BY_BLOCK: dict[str, str] = {block: name for name, blocks in BLOCK_CLASSES.items() for block in blocks.split()}
-#: what the blocks' routers return, if it differs from `ExternalRouter.returns`
+#: return values of block routers that differ from `ExternalRouter.returns`
 ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "switch": (None, None, "logits"),
     "jetmoe": (None, None, None, None, "logits"),

@@ -74,7 +74,7 @@ class ParsedBlock(BlockSettings):
         e, (d, h) = sum(map(len, weights["w1"])), weights["w1"][0].shape[1:]
         kind: Any = GatedExperts if "w3" in weights else Experts
         stack = kind(d, e, h, self.make_expert_activation(), bias="b1" in weights)
-        stack.is_transposed = True  # PEFT reads this attribute: weights are (e, in, out)
+        stack.is_transposed = True  # PEFT reads this attribute; True means that weights are (e, in, out)
         return stack
 
     def make_expert_activation(self) -> Any:

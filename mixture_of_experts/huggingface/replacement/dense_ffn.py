@@ -119,7 +119,7 @@ class DenseFFN:
         return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
-@torch.enable_grad()  # enabled so that views show which weights are frozen
+@torch.enable_grad()  # with gradients enabled, the views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     """Read the dense network that an adapter describes.
 

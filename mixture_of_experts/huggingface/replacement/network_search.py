@@ -48,7 +48,7 @@ class UnsupportedNetwork(NamedTuple):
     """A network that was found but cannot be replaced."""
 
     name: str  # path of the network's last linear layer
-    class_name: str  # class of the module that calls this layer
+    class_name: str  # class name of the module that calls this layer
     reason: str
 
 

@@ -48,7 +48,7 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.support.private_torch import move_hooks
 
-#: axis of the hidden units in each weight of a network
+#: hidden-unit axis of each weight in a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
@@ -350,7 +350,7 @@ def build_moe(
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # PEFT reads this attribute for LoRA: weights are (e, in, out)
+        experts.is_transposed = True  # PEFT reads this attribute; True means that weights are (e, in, out)
         if shared is not None:
             # the shared expert must have its own dropout
             activation = copy.deepcopy(dense.activation)

@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-Config = Mapping[str, Any]  # the contents of a config.json
+Config = Mapping[str, Any]  # the contents of a config.json file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -118,7 +118,7 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     """Return the entries that engines look for but that are missing from the configuration. `aliases` maps alternative
     entry names to the current names."""
     rope, entries = config.get("rope_parameters"), {}
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same value
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same rope_theta
         entries["rope_theta"] = rope["rope_theta"]
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}

@@ -29,7 +29,8 @@ GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
 GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
 ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under other names
-OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if this tensor exists
+# arguments that are True if the gate has the corresponding tensor
+OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}
 #: arguments that an entry describes elsewhere, and run-specific arguments that are not saved
 EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
 FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate passes to its base class

@@ -127,7 +127,7 @@ def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | N
         return "the kernels require that all input weights have biases, or none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
-        # upper bound of the distance between the first and the last element
+        # upper bound on the distance between the first and last elements
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % SIZE_MULTIPLE for size in sizes):
             return f"the kernels require dimensions that are multiples of {SIZE_MULTIPLE}, got {tuple(sizes)}"

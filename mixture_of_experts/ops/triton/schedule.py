@@ -97,7 +97,7 @@ HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
-#: schedule entries for float32, for all cards
+#: schedule entries for float32 on all cards
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),

@@ -32,7 +32,7 @@ from mixture_of_experts.ops.triton.schedule import TILES_PER_PROGRAM, Schedule, 
 from mixture_of_experts.support.private_torch import assume_constant_result
 
 INT32_ELEMENTS = 1 << 31  # number of elements that int32 can index
-# minimum number of rows and dimension of the generated call; `CallKind.sizes` is added to MIN_DIM
+# minimum row count and dimension of the generated call; `CallKind.sizes` is added to MIN_DIM
 MIN_ROWS, MIN_DIM = 512, 704
 BUSIEST_EXPERT_SHARE = 0.6  # the first expert's share of the rows; it is large, so that sums over its rows are long
 NUM_REPEATS = 3  # number of times that the kernels compute the call
