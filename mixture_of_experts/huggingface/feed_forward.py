@@ -36,12 +36,12 @@ class ModelCall(ForwardCall):
 
     config: Any = None  # the part of the model's configuration that describes routers
     label_share: Tensor | None = None  # this call's fraction of the batch's labels, if the trainer passes the total
-    training = False  # whether the model is in training mode, with gradients
+    training = False  # whether the model is in training mode and gradients are enabled
     aux_loss_requested = False  # whether the caller requests the auxiliary loss
     aux_loss_declined = False  # whether the caller computes its own loss without the auxiliary losses
     aux_loss_added = False  # whether the loss that the model returned includes the auxiliary losses
     is_checkpointed = False  # whether activation checkpointing will recompute this call
-    is_recomputation = False  # whether this call is a recomputation by activation checkpointing
+    is_recomputation = False  # whether activation checkpointing is recomputing this call
     returns_logits = False  # whether the model returns router logits, as stock models do
 
     def __init__(self, tokens: TokenMetadata | None = None, enclosing_call: ModelCall | None = None) -> None:

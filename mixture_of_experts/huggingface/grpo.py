@@ -138,7 +138,7 @@ class ReplayRouting:
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch = self._trainer._generate_and_score_completions(inputs)
-        # a list, because the trainer shuffles and splits it along with the other fields
+        # the records are a list, because the trainer shuffles and splits them along with the other fields
         return {**batch, "routing": self._recorded_sequences}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -28,7 +28,8 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZE_MULTIPLE = 16  # dimensions must be multiples of this, because unaligned loads are slow and use more registers
+# dimensions must be multiples of this value, because unaligned loads are slow and use more registers
+SIZE_MULTIPLE = 16
 MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows fit into int32
 
 
