@@ -151,14 +151,14 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # a forward without a readable signature may accept anything
+    except ValueError:  # `forward` has no readable signature, so it may accept any argument
         return True
     return True
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts' `num_experts` and `dim`, where defined, match those of the layer."""
-    experts = unwrap_module(experts)  # the wrapper of an adapted bias may have num_experts=1
+    experts = unwrap_module(experts)  # a wrapper that adapts a bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

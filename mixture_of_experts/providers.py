@@ -22,7 +22,8 @@ AnswerT = TypeVar("AnswerT")
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 ROUTER_RESULTS = ("logits", "probs", "weights", "experts", None)
 BUNDLED_LIBRARIES = ("transformers", "peft")
-BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # this module defines `PROVIDERS`, a dict keyed by library
+# module that defines `PROVIDERS`, a dict keyed by library
+BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"
 
 
 class ExternalRouter:
@@ -97,7 +98,7 @@ class TokenMetadata(NamedTuple):
 
     mask: Tensor | None = None  # (b, n) bool, True for real tokens; None if all tokens are real
     shape: tuple[int, int] | None = None  # (b, n), or None if unknown
-    mask_unknown_reason: str | None = None  # reason why the mask is unknown
+    mask_unknown_reason: str | None = None  # why the mask is unknown
     ids: Tensor | None = None  # (b, n) integer token ids; None if the model received embeddings
     segment_ids: Tensor | None = None  # (b, n) integer document ids of packed rows; None if rows are not packed
 
@@ -123,7 +124,7 @@ class TokensReader:
 class Provider:
     """Describes the modules of one library. The default methods provide no information, so subclasses override them."""
 
-    gate_remedy: str | None = None  #: advice for the error raised when the gate's sizes differ from its layer's
+    gate_remedy: str | None = None  #: advice for the error that is raised if the sizes of the gate and its layer differ
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         """Return the router that a module calls, or None if it does not call one."""
@@ -166,8 +167,8 @@ class Provider:
         return None
 
 
-#: Providers, keyed by library. Like custom operators and pickling functions, they are registered for the whole process
-#: when a library is imported, and never during a forward pass.
+#: Providers, keyed by library. Like custom operators and pickling functions, they are registered process-wide when a
+#: library is imported, and never during a forward pass.
 REGISTERED_PROVIDERS: dict[str, Provider] = {}
 #: providers for `BUNDLED_LIBRARIES`; `load_bundled_providers` fills this dict once
 BUNDLED_PROVIDERS: dict[str, Provider] = {}

@@ -35,7 +35,7 @@ from mixture_of_experts.unstack import get_plain_weights, replace_modules
 RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of a 4-bit weight
 RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # arguments: stack name, expert index, weight
 
-MAX_SCALE = 65280  # bfloat16 and float16 can represent this value
+MAX_SCALE = 65280  # representable in both bfloat16 and float16
 MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of weight elements unpacked at a time
 
 
@@ -151,7 +151,7 @@ def call_rounding(
                 f"{of} must return a {name} that is finite in bfloat16, got values from {part.min()} to {part.max()}"
             )
     step, zero = (part.bfloat16().float() for part in (step, zero))
-    for level in (0, 15):  # check only extremes; products in `int4.unpack_matrix` may overflow
+    for level in (0, 15):  # products in `int4.unpack_matrix` may overflow; checking the extreme levels is sufficient
         if not (level * step + (zero - 8 * step)).isfinite().all():
             raise ValueError(
                 f"{of} must return a step and a zero that yield finite weights for all levels from 0 to 15, got steps "
@@ -365,11 +365,13 @@ def pack_stack(
     `(*e, q)`, which is 1 for matrices that `rounding` quantized."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
-        some = flat[:1] if weight.is_meta else flat  # on the meta device, one matrix represents all matrices
+        # on the meta device, packing a single matrix is sufficient
+        some = flat[:1] if weight.is_meta else flat
         made = [pack_stack(one, bits, group, block, rounding and partial(rounding, i)) for i, one in enumerate(some)]
         made *= len(flat) // len(some)
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
-    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # makes later casts exact
+    # casting to bfloat16 makes later casts exact
+    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)
     scale = scale.clamp_(max=MAX_SCALE).to(weight.dtype)
     if given := rounding and rounding(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
         return {**int4.pack_levels(*given, block or int4.find_cpu_block()), "scale": torch.ones_like(scale)}
@@ -411,7 +413,7 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
         return multiply_few_rows(x, packed, groups, scale)
     wide = x.is_cpu and not private_torch.has_native_matmul(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = rows.dtype == torch.float16  # without scaling, products would overflow
+    scaled = rows.dtype == torch.float16  # unscaled products would overflow
     rows = rows * scale.to(rows.dtype) if transposed and not scaled else rows
     out = rows.new_zeros(x.shape[0], output_width(packed, scale, transposed), dtype=dtype)
     for inputs, weight in iter_unpacked(packed, groups, scale):

@@ -19,14 +19,15 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
 
-ActiveShares = dict[Any, dict[nn.Module, float]]  # maps layers and modules to the fraction (0 to 1) that a token uses
+# fraction (0 to 1) of a module that a token uses, keyed by layer and module
+ActiveShares = dict[Any, dict[nn.Module, float]]
 
 
 class ActiveModules(NamedTuple):
     """The parts of a model that a token uses."""
 
     active_shares: ActiveShares
-    variable_k_layers: set[nn.Module]  # layers whose number of choices depends on scores
+    variable_k_layers: set[nn.Module]  # layers whose number of choices per token depends on scores
     external_modules: set[nn.Module]  # routers and experts from other libraries, which hold their weights directly
 
 
@@ -180,7 +181,7 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
-        module, part, layer, of_layer = todo.pop()  # the layer that contains the module, and that layer's share
+        module, part, layer, of_layer = todo.pop()  # `layer` contains the module, and `of_layer` is that layer's share
         if (layer, module) in seen:
             continue
         seen.add((layer, module))
@@ -220,7 +221,7 @@ def count_matrix_weights(module: nn.Module, active_modules: ActiveModules) -> in
         return 0
     made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # computed weights
     weights = {name: weight for name, weight in (get_direct_weights(module) | made).items() if not is_bias_name(name)}
-    least = 3 if isinstance(module, RoutedExperts) else 2  # minimum number of dimensions
+    least = 3 if isinstance(module, RoutedExperts) else 2  # minimum number of dimensions of a counted weight
     return sum(weight.numel() for weight in weights.values() if weight.ndim >= least)
 
 

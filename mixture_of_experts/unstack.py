@@ -61,7 +61,7 @@ class UnstackedExperts(ExpertList):
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
         super().__init__(experts, dim_out=empty.dim_out)
         self.hidden_dim: int = empty.hidden_dim
-        self.__dict__["empty"] = empty  # not a submodule: it has nothing to save, train or move
+        self.__dict__["empty"] = empty  # not registered as a submodule, because it has nothing to save, train or move
 
 
 def unstack(model: ModelT) -> ModelT:

@@ -116,7 +116,7 @@ def add_prune_options(add: Any) -> None:
     add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
 
 
-#: command names with a function, its description, and the function that adds its options
+#: maps each command name to its function, its description, and the function that adds its options
 COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
     "convert": (
         convert_folder,
@@ -156,7 +156,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=description,
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            argument_default=argparse.SUPPRESS,  # options that are not set get the function's own defaults
+            argument_default=argparse.SUPPRESS,  # options that are not passed keep the function's defaults
         )
         command.set_defaults(run=run)
         add = command.add_argument
@@ -176,7 +176,7 @@ def exiting_on_sigterm() -> Iterator[None]:
         return
 
     def exit_once(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, exit_once)

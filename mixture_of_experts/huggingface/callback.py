@@ -76,7 +76,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
         The callback, whose `stats` attribute can be read and plotted during and after training.
     """
     callback = RoutingCallback(layers)
-    trainer.callback_handler.callbacks.insert(0, callback)  # insert it before the reporting callbacks
+    trainer.callback_handler.callbacks.insert(0, callback)  # the callback must precede the reporting callbacks
     return callback
 
 
@@ -106,7 +106,7 @@ class BalanceCallback(TrainerCallback):
         self.balancing: ExpertBalancing | None = None
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        ignore_counts_in_ddp(kwargs["model"])  # this must happen before DDP wraps the model
+        ignore_counts_in_ddp(kwargs["model"])  # call this before DDP wraps the model
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()

@@ -35,13 +35,13 @@ class ModelCall(ForwardCall):
     """
 
     config: Any = None  # the part of the model's configuration that describes routers
-    label_share: Tensor | None = None  # this call's fraction of the batch's labels, if the trainer passes their count
-    training = False  # whether the model is in training mode, with gradients
+    label_share: Tensor | None = None  # this call's fraction of the batch's labels, if the trainer passes the total
+    training = False  # whether the model is in training mode and gradients are enabled
     aux_loss_requested = False  # whether the caller requests the auxiliary loss
     aux_loss_declined = False  # whether the caller computes its own loss without the auxiliary losses
     aux_loss_added = False  # whether the loss that the model returned includes the auxiliary losses
-    is_checkpointed = False  # whether activation checkpointing stores the call for recomputation
-    is_recomputation = False  # whether this call is a recomputation by activation checkpointing
+    is_checkpointed = False  # whether activation checkpointing will recompute this call
+    is_recomputation = False  # whether activation checkpointing is recomputing this call
     returns_logits = False  # whether the model returns router logits, as stock models do
 
     def __init__(self, tokens: TokenMetadata | None = None, enclosing_call: ModelCall | None = None) -> None:
@@ -49,7 +49,7 @@ class ModelCall(ForwardCall):
         self.enclosing_call = enclosing_call
         self.grad_enabled: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
-        #: tensors that the backward pass reached: "outputs" of feed-forward networks, or "losses" of their layers
+        #: what the backward pass has reached: "outputs" of feed-forward networks, or the "losses" of their layers
         self.reached: set[str] = set() if enclosing_call is None else enclosing_call.reached
 
 
@@ -190,7 +190,8 @@ class MoEFeedForward(Replaced):
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if self.masked and unknown is not None and (self.training or not dropless):  # otherwise, padding has no effect
+        # padding matters only during training or if tokens may be dropped
+        if self.masked and unknown is not None and (self.training or not dropless):
             raise ValueError(f"the router cannot determine which tokens are padding: {unknown}")
         if mask is None or not self.masked:
             return {}
@@ -219,7 +220,7 @@ class LogitsCall(ForwardCall):
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        # a recomputation under activation checkpointing collects no logits but must repeat the same computation
+        # a recomputation under activation checkpointing collects no logits, but must perform the same computation
         found = collected_logits()
         self.collected: list[Tensor] = [] if found is None else found
 
@@ -260,7 +261,7 @@ class SparseFeedForward(MoEFeedForward):
         super().__init__(moe, **settings)
         self.block = block
         self.reports = reports
-        if reports:  # computed now, because the first request for logits may occur in a traced graph
+        if reports:  # registered now, because the first request for logits may occur in a traced graph
             set_first_hook(unwrap_module(moe.gate), "mixture_of_experts_logits", collect_logits)
 
     def forward(
@@ -269,7 +270,7 @@ class SparseFeedForward(MoEFeedForward):
         call = call_stack.current_call(self) if self.reports else None
         if call is None or not call.returns_logits:
             return self.as_block(x, prev_router_hidden_states)
-        if call.grad_enabled:  # a loss that the model computes from these logits would get no gradient
+        if call.grad_enabled:  # a loss computed from these logits would have no gradient
             check_not_reentrant(self.moe, call.is_checkpointed)
         gate = unwrap_module(self.moe.gate)
         set_first_hook(gate, "mixture_of_experts_logits", collect_logits)
@@ -279,7 +280,7 @@ class SparseFeedForward(MoEFeedForward):
     def as_block(self, x: Tensor, prev_router_hidden_states: Tensor | None) -> Any:
         if STATE in get_side_inputs(self.moe.gate):
             return super().forward(x, **{STATE: prev_router_hidden_states})
-        out = super().forward(x)  # a gate that reads token ids receives those of the enclosing model
+        out = super().forward(x)  # a gate that reads token ids gets them from the enclosing model
         return (out, None) if self.block in BLOCKS_WITH_ROUTER_SCORES else out
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ TRAINER_METHODS = (
     "_get_per_token_logps_and_entropies",
 )
 GENERATION_ENGINE_FLAGS = ("use_vllm", "use_transformers_continuous_batching")
-SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and a sequence's index in them
+SequenceReference = tuple[RoutingRecords, int]  # a generation's records, and the index of one of its sequences
 
 
 class ReplayRouting:
@@ -80,9 +80,9 @@ class ReplayRouting:
                 f"pass on the engine's choices; remove {other[0]} and pass a rollout_func that queries your engine and "
                 "returns its choices as 'routed_experts' along with the ids"
             )
-        self._recorded_sequences: list[SequenceReference] = []  # the sequences of the next log-probabilities
+        self._recorded_sequences: list[SequenceReference] = []  # sequences whose log-probabilities are computed next
         self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended
-        self._replay_is_active = False  # whether this stack contains the replay of a forward pass
+        self._replay_is_active = False  # whether `_replay_stack` contains the replay of a forward pass
         with self._record_generation():
             pass  # raises an error if the model cannot be recorded
         if self.rollout_func:
@@ -138,10 +138,8 @@ class ReplayRouting:
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch = self._trainer._generate_and_score_completions(inputs)
-        return {
-            **batch,
-            "routing": self._recorded_sequences,
-        }  # a list, because the trainer shuffles and splits it along with the other fields
+        # the records are a list, because the trainer shuffles and splits them along with the other fields
+        return {**batch, "routing": self._recorded_sequences}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded_sequences = inputs["routing"]

@@ -27,7 +27,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
     for model in models:
         if "attention_mask" in inspect.signature(model.forward).parameters:
             return model
-        if model.main_input_name != "input_ids":  # it reads images or audio, and outer masks describe other tokens
+        # for a model that reads images or audio, the masks of enclosing models describe other tokens
+        if model.main_input_name != "input_ids":
             break
     return models[0] if models else None
 
@@ -79,9 +80,8 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
         return metadata._replace(segment_ids=find_documents(arguments, (b, n)))
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
         token_mask = mask[:, -n:].bool()
-        is_decoding_step = (
-            n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
-        )  # in a decoding step of `generate`, all tokens are real
+        # in a decoding step of `generate`, all tokens are real
+        is_decoding_step = n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
         return metadata if is_decoding_step else metadata._replace(mask=token_mask)
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return metadata._replace(mask=mask_from_diagonal(mask, arguments))
@@ -103,7 +103,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
     if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # positions in text; the other three are coordinates in images and videos
+        positions = positions[0]  # text positions; the other three rows are image and video coordinates
     if documents is None and lengths is not None and b == 1:
         documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
     elif documents is None and positions is not None and positions.ndim == 2:
@@ -111,7 +111,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         documents = starts.cumsum(dim=-1)
     if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
         return None
-    # distributed runs do not read values, because all ranks must agree on whether rows are packed
+    # distributed runs skip this check, because all ranks must agree on whether rows are packed
     if not is_distributed() and is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
         return None
     return documents.expand(b, n)

@@ -152,7 +152,7 @@ class ModelWatch(ForwardWatch):
         last: the object that stores the call of the last outermost forward pass.
     """
 
-    reads: bool = False  # whether this watch reads the tokens; otherwise, an enclosing model's watch does
+    reads: bool = False  # False if an enclosing model's watch reads the tokens
     adds: bool = False  # whether this watch adds the auxiliary losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether a forward pass with adapters has run
@@ -201,7 +201,7 @@ class ModelWatch(ForwardWatch):
         # TRL's trainers pass fused_lm_head, and request router logits unless their `router_aux_loss_coef` is 0
         call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
         call.aux_loss_declined = fused and not call.aux_loss_requested
-        if get_unit_aux_loss_coef(config) is not None:  # no remaining router could return logits
+        if get_unit_aux_loss_coef(config) is not None:  # the model cannot return router logits
             arguments.pop("output_router_logits", None)
             if fused or has_own_routers(config):
                 arguments["output_router_logits"] = False

@@ -28,7 +28,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.tracing import is_host_readable
 
 MEMORY_MAP = Path("/proc/self/maps")
-#: above this fraction of a layer's experts, reading the whole layer in order is as fast
+#: if tokens choose more than this fraction of a layer's experts, reading the whole layer in order is as fast
 MAX_CHOSEN_SHARE = 0.5
 
 

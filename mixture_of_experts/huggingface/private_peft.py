@@ -29,7 +29,7 @@ def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
 def get_active_copy(wrapper: Any) -> nn.Module:
     """Return the module that a `modules_to_save` wrapper currently runs: the active adapter's copy, or the original
     module."""
-    # the active adapter may have no copy in this wrapper
+    # this wrapper may have no copy for the active adapter
     active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
@@ -80,7 +80,7 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
     b: Tensor = wrapper.lora_B[adapter].weight
     e = wrapper.num_experts
     a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
-    # a two-dimensional copy is fastest
+    # copying a two-dimensional tensor is fastest
     b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
     return (b, a) if applies_b_first(wrapper) else (a.mT, b.mT)
 
@@ -88,7 +88,8 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
 def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
     """Set the LoRA factors A and B of a stacked weight, so that `read_stack_factors` returns `left` and `right` if the
     scaling factor is 1."""
-    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
+    # shapes (e, width of B, k) and (e, k, width of A)
+    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)
     wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
     wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
 

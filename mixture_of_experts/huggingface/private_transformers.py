@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import (
 )
 from transformers.utils.quantization_config import QuantizationMethod
 
-# Names of weights
+# Weight names
 
 
 class FunctionRenaming(WeightRenaming):
@@ -97,7 +97,7 @@ def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
-    clear_weight_conversions(model)  # these conversions describe only these weights
+    clear_weight_conversions(model)  # these conversions apply only to the given weights
     if found.unexpected_keys:
         raise ValueError(f"{type(model).__name__} has no weights named {', '.join(sorted(found.unexpected_keys))}")
     for name, stored, expected in sorted(found.mismatched_keys):

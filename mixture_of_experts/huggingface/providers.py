@@ -17,7 +17,7 @@ from mixture_of_experts.huggingface.private_peft import (
 from mixture_of_experts.providers import ExternalRouter, Provider, TokensReader
 from mixture_of_experts.support.private_torch import get_original_class
 
-#: classes that map each row independently, given as module-name prefixes and class-name suffixes
+#: (module-name prefix, class-name suffix) pairs of classes that transform each row independently
 TOKENWISE_CLASSES = (
     ("transformers.models.", "MLP"),
     ("transformers.models.", "RMSNorm"),

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-#: setting that stores the initial coefficient of the first layer, or of the blocks that became layers. The loss is
-#: multiplied by the ratio of `router_aux_loss_coef`, which a trainer may set, to this coefficient (1 if there was
-#: none). Files contain both settings
+#: configuration entry that stores the initial auxiliary-loss coefficient of the first layer, or of the blocks that
+#: became layers. A trainer may set `router_aux_loss_coef`. The loss is multiplied by the ratio of that setting to the
+#: initial coefficient (1 if there was none). Saved files contain both entries
 INITIAL_COEF_KEY = "router_aux_loss_coef_at_first"
 #: settings that `add_router_config` adds to a configuration
 ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef", INITIAL_COEF_KEY, "num_experts", "num_experts_per_tok")

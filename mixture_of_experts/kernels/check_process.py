@@ -83,7 +83,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as output:
         os.dup2(2, 1)  # all other output goes to stderr
         device, find_fault = pickle.load(sys.stdin.buffer)
-        torch.empty(1, device=device)  # an error here is not the kernels' fault, and exits with status 1
+        torch.empty(1, device=device)  # an error here is not caused by the kernels, and exits with status 1
         update_requests({main: ("auto", False)}, ())
         json.dump(find_verdict(find_fault), output)
     os._exit(0)  # a normal exit may fail if the CUDA context is broken

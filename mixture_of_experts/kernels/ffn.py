@@ -29,7 +29,7 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32, output: each tile's expert (-1 if unused), first row, and end of rows
+    tiles,  # (tiles, 3) int32, output: expert (-1 for unused tiles), first row and end row of each tile
     ends,  # (e,) int32, output: end of each expert's rows
     num_tiles,
     num_experts,
@@ -166,12 +166,13 @@ def split_columns(block, INTERLEAVED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def grouped_matmul_kernel(
     x,  # (t, c) tokens, or (r, c) rows
-    token,  # (r,) int32; None if x contains rows
+    token,  # (r,) int32, token of each row; None if x is `(r, c)`
     weight,  # (e, c, n) with any strides; (e, c, 2 n) if INTERLEAVED
     weight_up,  # second weight of gated experts, or None
     bias,  # (e, n) or (e, 2 n) with any strides, or None
     bias_up,
-    pre,  # (r, n) or (r, 2 n) with row stride `pre_r`, output: pre-activations saved for the backward; or None
+    # (r, n) or (r, 2 n) with row stride `pre_r`, output: pre-activations saved for the backward pass; or None
+    pre,
     pre_up,
     out,  # (r, n)
     tiles,
@@ -262,10 +263,10 @@ def hidden_grads(
     bias,  # (e, c) contiguous: bias of the *down* product, or None
     pre,  # (r, n) or (r, 2 n) if INTERLEAVED, with row stride `pre_r`
     pre_up,  # pre-activations from the second weight, or None
-    hidden,  # (r, n), output: hidden layer multiplied by each row's weight; or None
-    grad_pre,  # output, with the layout of `pre`
+    hidden,  # (r, n), output: hidden layer multiplied by the row weights; or None
+    grad_pre,  # output, laid out like `pre`
     grad_pre_up,
-    partial,  # (r, blocks) float32, output: each column block's contribution to the gradient of the row's weight
+    partial,  # (r, blocks) float32, output: contribution of each column block to the gradients of the row weights
     tiles,
     num_tiles,
     num_tokens,
@@ -325,7 +326,7 @@ def hidden_grads(
     left_half, right_half = split_columns(acc, False)
     parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
-        grad_hidden = parts[i]  # not yet multiplied by the row weights
+        grad_hidden = parts[i]  # the gradient is not yet multiplied by the row weights
         start = block * BLOCK_N + i * width
         column = start + tl.arange(0, width)
         stored = exists[:, None] & (column < N)[None, :]
@@ -402,8 +403,8 @@ def load_row_range(ends, expert):
 def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
-    y_up,  # y for the second weight of gated experts, or None
-    token,  # (r,) int32: indices of the gathered rows of x or y
+    y_up,  # second y for gated experts, or None
+    token,  # (r,) int32: indices of the rows to gather from x or y
     ends,  # (e,) int32: end of each expert's rows
     out,  # (e, m, n) with any strides
     out_up,
@@ -413,7 +414,7 @@ def weight_grads(
     out_e,
     out_m,
     out_n,
-    GATHER_X: tl.constexpr,  # whether x is gathered; otherwise, y is
+    GATHER_X: tl.constexpr,  # whether rows are gathered from x rather than y
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -458,7 +459,7 @@ def weight_grads(
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
 def bias_grads_kernel(
     y,  # (t or r, n)
-    token,  # (r,) int32: indices of the rows of y to gather and weight; None if y is `(r, n)`
+    token,  # (r,) int32: indices of the rows of y that are gathered and weighted; None if y is `(r, n)`
     row_weight,  # (a,) float32
     assignment,  # (r,) int32
     ends,  # (e,) int32: end of each expert's rows
@@ -521,8 +522,8 @@ def sum_rows_kernel(
     row_of,  # (a,) int32: row of each assignment, ordered by token
     weight,  # (a,) float32; None for an unweighted sum
     out,  # (t, d), output
-    partial,  # (r, blocks) float32: partial sums of the gradient of each row's weight; or None
-    grad_weight,  # (a,), output: gradient of each assignment's weight
+    partial,  # (r, blocks) float32: partial sums of the row weights' gradients; or None
+    grad_weight,  # (a,), output: gradients of the assignment weights
     num_rows,
     D,
     blocks,

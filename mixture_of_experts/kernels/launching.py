@@ -19,10 +19,11 @@ from mixture_of_experts.support.implementations import requested_implementation,
 from mixture_of_experts.support.private_torch import is_in_transform
 from mixture_of_experts.support.tracing import get_device_capability
 
-# Card families, as returned by `find_card_family`, on which kernels are used by default. A family is added after
-# `benchmarks.first_hour` has run on one of its cards, found no faults, and measured that the kernels are the fastest.
+# Card families (see `find_card_family`) on which kernels are used by default. A family is added once
+# `benchmarks.first_hour` has run on one of its cards, found no faults, and shown that the kernels are the fastest
+# implementation.
 DEFAULT_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts
-DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts, but only during decoding
+DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts during decoding only
 ROUTER_FAMILIES: tuple[tuple[int, int], ...] = ()  # for routers and queues
 
 _SELF_CHECKS: list[SelfCheck] = []  # all instances

@@ -30,22 +30,22 @@ def find_rows_kernel(
     position,  # (c,) int64: position of each choice in its queue
     chosen,  # (c,) bool: whether each choice is queued
     kept,  # (c,) bool: whether each choice is computed
-    slot,  # (a / k2,) int64: level-two token of each level-one choice, or s for none; None for a single level
-    length,  # (q,) int64: row count of each queue; later positions have no row
+    slot,  # (a / k2,) int64: level-two token of each level-one choice (s if it has none); None for a single level
+    length,  # (q,) int64: number of rows in each queue; later positions have no rows
     stop,  # (q,) int64: end of each queue's rows
-    row,  # (a,) int32, output: row of each assignment, or r if it has none
-    assignment,  # (r,) int32, output: assignment of each row, or a past the last expert's rows
-    token,  # (r,) int32, output: token of each row, or t past the last expert's rows
+    row,  # (a,) int32, output: row of each assignment (r if it has none)
+    assignment,  # (r,) int32, output: assignment of each row (a for unused rows at the end)
+    token,  # (r,) int32, output: token of each row (t for unused rows at the end)
     counts,  # (e,) int64, output: row count of each expert
     num_assignments,
     num_rows,
     num_tokens,  # tokens per group
     num_groups,
     num_queues,
-    num_slots,  # s, number of tokens that the gate routes
+    num_slots,  # number of tokens that the gate routes (s)
     num_experts,
     experts_of_router,
-    OF_GATE: tl.constexpr,  # k2, the gate's choices per token
+    OF_GATE: tl.constexpr,  # the gate's choices per token (k2)
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,  # assignments per program
     BLOCK_E: tl.constexpr,
@@ -64,7 +64,7 @@ def find_rows_kernel(
         its_token = tl.load(slot + index // OF_GATE, mask=exists, other=0)
         own = its_token * OF_GATE + index % OF_GATE
         has_place = exists & (its_token < num_slots)
-    group = own // OF_GATE // num_tokens  # index among the groups of all routers
+    group = own // OF_GATE // num_tokens  # group index, counted across all routers
     its = group // num_groups * experts_of_router + tl.load(expert + own, mask=has_place, other=0)
     its_queue = its * num_groups + group % num_groups
     its_length = tl.load(length + its_queue, mask=has_place, other=0)

@@ -96,7 +96,7 @@ def rank_queue_kernel(
     )
     place = tl.arange(0, BLOCK)
     before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
-    earlier = tl.where(block > 0, its, num_experts)  # e in the first block, which has no earlier block
+    earlier = tl.where(block > 0, its, num_experts)  # the first block has no earlier block to load from
     first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
     tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
     if block == num_blocks - 1:

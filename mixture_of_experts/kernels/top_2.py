@@ -19,7 +19,8 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
 MAX_NUMEL_AT_ONCE = 1024  # maximum number of elements (tokens x experts) that a program processes at a time
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens that a program processes in total and at a time
+# minimum number of tokens per program, and maximum number processed at a time
+MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128
 
 
 @triton.jit(do_not_specialize=["length", "programs"])
@@ -28,14 +29,15 @@ def top_2_kernel(
     full,  # (g, n) bool: whether each token makes a first choice and is counted; None if all do
     active,  # (g, n) bool: whether each token makes a second choice; None if `full` is None
     uniform,  # (g, n) float32 between 0 and 1 for the policy "random"; otherwise None
-    expert,  # (g, n, 2) int64, output, as are all tensors below; ties go to the lowest index
+    expert,  # (g, n, 2) int64; an output, as are all tensors below; ties go to the lowest index
     weight,  # (g, n, 2) float32
     chosen,  # (g, n, 2) bool: whether each choice is made
     primary,  # (g, n, 2) bool: whether each choice has more than half of the weight
     probs,  # (g, n, e) float32
     log_total,  # (g, n) float32: logsumexp of the logits
-    sums,  # (2, g, p, e) float32: each expert's first choices and probabilities, summed over counted tokens
-    totals,  # (g, p, 2) float32: sum of the squared `log_total` over counted tokens, and their number
+    # (2, g, p, e) float32: each expert's number of first choices and sum of probabilities, over counted tokens
+    sums,
+    totals,  # (g, p, 2) float32: sum of squared `log_total` over counted tokens, and number of counted tokens
     length,  # n
     programs,  # p
     num_experts,
@@ -75,7 +77,7 @@ def top_2_kernel(
         p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
         p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
-        # with IEEE rounding, the weights of a tie are exactly 0.5, which `/` does not guarantee
+        # IEEE rounding makes both weights of a tie exactly 0.5, which `/` does not guarantee
         weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
         weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # the weight is 0 even if the sum is NaN
 
@@ -117,11 +119,11 @@ def top_2_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
 def top_2_grads_kernel(
-    probs,  # (t, e) float32, where t = g n is the number of tokens in all groups
+    probs,  # (t, e) float32, where t = g n is the total number of tokens
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
     full,  # (t,) bool: whether each token is counted; None if all are
-    grad_weight,  # (t, 2) float32; for this gradient and those below, None means 0
+    grad_weight,  # (t, 2) float32; None means a zero gradient, as for all gradients below
     grad_probs,  # (t, e) float32
     grad_log_total,  # (t,) float32
     grad_proxy,  # (g, e) float32

@@ -19,17 +19,18 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 @triton.jit(do_not_specialize=["length"])
 def top_k_kernel(
     logits,  # (t, e) float32
-    bias,  # (e,) float32, added to the scores only when experts are chosen; or None
+    bias,  # (e,) float32, added to the scores for the choice of experts only; or None
     expert,  # (t, k) int64, output: best choice first; ties go to the lowest index
     weight,  # (t, k) float32, output
     probs,  # (t, e) float32, output
-    losses,  # (b, 2) float32, output: each group's terms of the load-balancing loss and the z-loss
+    losses,  # (b, 2) float32, output: each group's contributions to the load-balancing loss and z-loss
     length,  # n
     num_experts,
     balance_scale,
     z_scale,
-    SOFTMAX: tl.constexpr,  # whether scores are a softmax; otherwise, they are sigmoids
-    OF_CHOSEN: tl.constexpr,  # whether weights are a softmax over the chosen experts' logits; otherwise, their scores
+    SOFTMAX: tl.constexpr,  # whether to compute scores with softmax rather than sigmoid
+    # whether the weights are a softmax over the logits of the chosen experts, rather than their scores
+    OF_CHOSEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -68,7 +69,7 @@ def top_k_kernel(
             chosen = chosen | (column == index)
             best = tl.where(choice == c, index, best)
             weights = tl.where(choice == c, tl.sum(tl.where(column == index, value, 0.0), 0), weights)
-        if OF_CHOSEN:  # an improbable expert may be chosen because of its bias, and its score may round to 0
+        if OF_CHOSEN:  # the score of an expert that was chosen because of its bias may round to 0
             weights = tl.exp(weights - tl.max(weights, 0))
             weights = weights / tl.sum(weights, 0)
         elif NORMALIZE:

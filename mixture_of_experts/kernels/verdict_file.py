@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-CACHE_VARIABLE = "MIXTURE_OF_EXPERTS_CACHE"  # a folder, or an empty string to store nothing on disk
+CACHE_VARIABLE = "MIXTURE_OF_EXPERTS_CACHE"  # a folder; an empty string disables storage on disk
 DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -64,7 +64,7 @@ __all__ = [
     "use",
 ]
 
-# fastest first; "plain" supports all calls, so later implementations are only used if selected with `use`
+# fastest first; "plain" supports all calls, so the implementations after it run only if selected with `use`
 IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
 IMPLEMENTATIONS |= {BATCH_INVARIANT: batch_invariant}
 check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTATIONS))

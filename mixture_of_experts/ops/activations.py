@@ -185,7 +185,8 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
     if isinstance(activation, FunctionActivation):
         return takes_gate_and_up(activation.function)
     if isinstance(activation, nn.Module):
-        return _needs_two_arguments(type(activation).forward, 1)  # before torch 2.12, a graph cannot pass a module
+        # before torch 2.12, graphs cannot pass modules as arguments
+        return _needs_two_arguments(type(activation).forward, 1)
     return _needs_two_arguments(activation, 0)
 
 

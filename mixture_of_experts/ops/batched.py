@@ -26,7 +26,7 @@ from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import is_exporting, is_in_transform
 from mixture_of_experts.support.tracing import symbolic_max
 
-BIAS_GRAD_COLUMNS = 8  # width of the product for a bias gradient; grouped products require multiples of 8
+BIAS_GRAD_COLUMNS = 8  # number of columns in bias-gradient products; grouped products require multiples of 8
 
 
 class SlotLayout(row_network.RowLayout):

@@ -20,7 +20,7 @@ from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import disable_autocast
 
 MAX_INFERENCE_TOKENS = 64
-MAX_DENSE_ROWS = 8192  # maximum number of rows if every expert computes all tokens
+MAX_DENSE_ROWS = 8192  # maximum number of rows when every expert computes all tokens
 COPY_COST = 3  # a copied weight is read, written and read again
 
 

@@ -32,9 +32,8 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
-IS_AMD_GROUPED_GEMM_ENABLED = (
-    os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
-)  # otherwise, torch runs a loop on AMD GPUs
+# if False, torch loops over the experts on AMD GPUs
+IS_AMD_GROUPED_GEMM_ENABLED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
 
 
 def unsupported_reason(call: Call) -> str | None:
@@ -76,7 +75,7 @@ class GroupedLayout(batched.SlotLayout):
         assert permutation.rows_per_expert is not None
         RowLayout.__init__(self, permutation)
         self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
-        # Slots with choices of weight 0 read the last token and multiply it by 0. If this token is not finite, the
+        # Slots whose choice has weight 0 read the last token and multiply it by 0. If this token is not finite, the
         # gradient of the expert's weights is not finite either. Writing zeros instead would require a pass over all
         # rows.
         self.token = permutation.token.clamp(max=permutation.num_tokens - 1)

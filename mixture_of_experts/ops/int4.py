@@ -24,12 +24,11 @@ from torch import Tensor
 from mixture_of_experts.support.private_torch import multiply_int4, pack_int4
 
 GROUP_SIZES = (32, 64, 128, 256)  # group sizes that the operator supports
-MAX_DIRECT_ROWS = 32  # maximum number of rows per expert; for more, a product with the unpacked weight is as fast
-PORTABLE_BLOCK, MAX_BLOCK = (
-    2,
-    64,
-)  # outputs per block; the number of outputs is zero-padded to a multiple of the largest block
-BLOCKS = (PORTABLE_BLOCK, 32, 64)  # weight layouts in files
+# maximum number of rows per expert, beyond which a product with the unpacked weight is as fast
+MAX_DIRECT_ROWS = 32
+# outputs per block; the number of outputs is zero-padded to a multiple of the largest block
+PORTABLE_BLOCK, MAX_BLOCK = 2, 64
+BLOCKS = (PORTABLE_BLOCK, 32, 64)  # block sizes of the weight layouts in files
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from mixture_of_experts.support.private_torch import sum_packed_rows, unpack_rows
 
 ROW_PARAMETER_BYTES = 8  # bytes that follow the levels of a packed row
-#: maximum number of rows per expert; for more, a product with the unpacked weight is faster. With a limit of 16, a
-#: layer of 8 experts with 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x
-#: as long when limited to AVX2. For one row and a cold weight of 2048 x 768, `torch._weight_int8pack_mm` takes 138
-#: microseconds and this operator takes 106; with AVX2, they take 154 and 250 (290 and 410 on Zen 3). However, the
-#: former reads transposed weights, which would also have to be stored
+#: maximum number of rows per expert, beyond which a product with the unpacked weight is faster. If it is 16 instead of
+#: 8, a layer of 8 experts with 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to
+#: 1.14x as long when limited to AVX2. For one row and a cold weight of 2048 x 768, `torch._weight_int8pack_mm` takes
+#: 138 microseconds and this operator takes 106; with AVX2, they take 154 and 250 (290 and 410 on Zen 3). However,
+#: `torch._weight_int8pack_mm` reads transposed weights, which would also have to be stored
 MAX_DIRECT_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
@@ -38,9 +38,8 @@ def unpack_matrix(packed: Tensor) -> Tensor:
     """Unpack bytes `(..., p, q + 8)` into float32 weights `(..., p, q)`."""
     if packed.ndim == 2 and has_direct_matmul(packed):
         return unpack_rows(packed)
-    extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
-        memory_format=torch.contiguous_format
-    )  # `view` requires contiguous memory
+    # `view` requires contiguous memory
+    extra = packed[..., -ROW_PARAMETER_BYTES:].clone(memory_format=torch.contiguous_format)
     step, low = extra.view(torch.float32).split(1, dim=-1)
     return packed[..., :-ROW_PARAMETER_BYTES].float().mul_(step).add_(low)
 
@@ -55,7 +54,7 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
     start = torch.arange(0, r * p, p // parts, device=x.device)
     row = torch.arange(p, device=x.device)  # indices of the experts' weight rows in the stack
     row = row.repeat(r) if expert is None else row.add(expert.unsqueeze(1), alpha=p).view(-1)
-    x = x.float().contiguous().view(-1)  # the operator ignores strides, which `reshape` may keep
+    x = x.float().contiguous().view(-1)  # the operator ignores strides, so its input must be contiguous
     sums = sum_packed_rows(packed.view(-1, packed.shape[-1]), row, start, x)
     return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
 

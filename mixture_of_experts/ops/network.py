@@ -19,10 +19,8 @@ from mixture_of_experts.ops.activations import ActivationLike, compute_hidden, u
 from mixture_of_experts.support import private_torch
 
 GateUpLayout = Literal["concatenated", "interleaved"]
-W_IN_NAMES, B_IN_NAMES = (
-    ("w_in.0", "w_in.1"),
-    ("b_in.0", "b_in.1"),
-)  # names of a network's input weights and their biases
+# names of a network's input weights and their biases
+W_IN_NAMES, B_IN_NAMES = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")
 
 
 @dataclass(frozen=True)

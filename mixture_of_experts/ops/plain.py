@@ -69,7 +69,7 @@ def feed_forward(
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
     """Return the number of rows per block and the number of blocks. A block has about as many rows as the average
     expert, so there are at most about 2 e blocks."""
-    size = symbolic_max(2, rows // experts)  # torch graphs would treat a size of 1 as static
+    size = symbolic_max(2, rows // experts)  # a graph would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
 

@@ -33,7 +33,7 @@ class RowLayout(ABC):
     methods refer to the rows of that chunk. By default, a single chunk contains all rows.
     """
 
-    row_outputs: Any = None  # `(r + 1, q)`; the last row is zero, for assignments without a row
+    row_outputs: Any = None  # `(r + 1, q)`; the last row contains zeros, for assignments without a row
 
     def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
         self.permutation: Permutation = permutation
@@ -167,7 +167,7 @@ def run_network(layout: RowLayout, x: Tensor, network: Network, save: bool) -> l
     hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     layout.activate(act.forward, parts, hidden)
-    y = layout.multiply_and_sum([(hidden, network.w_out)])  # the backward pass uses one pair per weight in w_in
+    y = layout.multiply_and_sum([(hidden, network.w_out)])  # the backward pass has one pair for each weight in w_in
     if network.b_out is not None:
         layout.add_bias(y, network.b_out)
     return pre if save else []

@@ -102,9 +102,9 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be a positive number or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions support only one mesh at a time
+    by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions support only one mesh per call
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is not None or isinstance(parameter, DTensor):  # other ranks may have a gradient
+        if parameter.grad is not None or isinstance(parameter, DTensor):  # the gradient may exist only on other ranks
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms: list[Any] = [
         get_total_norm([torch.zeros_like(p) if p.grad is None else p.grad for p in members], norm_type)

@@ -117,7 +117,7 @@ class ShardedExperts(nn.Module):
             whole: Any = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
                 continue
-            if whole.shape == parameter.shape:  # super() reports a wrong shape
+            if whole.shape == parameter.shape:  # super() would report a mismatched shape
                 mesh, placements = parameter.device_mesh, parameter.placements
                 state_dict[prefix + name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -20,7 +20,8 @@ from mixture_of_experts.parallel.sharded_experts import ShardedExperts, make_sha
 from mixture_of_experts.parallel.sharding import ExpertSharding, GradientReduction
 from mixture_of_experts.support.checks import check_choice, check_sizes
 
-RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # rank-specific parts of a module's repr
+# parts of a module's repr that differ between ranks
+RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")
 
 
 class ExpertParallel(ParallelStyle):
@@ -191,15 +192,15 @@ def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: i
     """Reduce stacked tensors to this rank's part, and change the class of the experts to one that exchanges tokens with
     other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
-    for name in sorted(sharding.sharded_names):  # all ranks use the same order
+    for name in sorted(sharding.sharded_names):  # sorted, so that all ranks use the same order
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)
         if whole is None:  # buffers are not sharded
             continue
-        if whole not in made:  # a tensor with two names must remain a single tensor
+        if whole not in made:  # a tensor that is registered under two names must remain a single tensor
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
-            # the part is cloned because a view would keep the whole stack alive
+            # clone the part, because a view would keep the whole stack alive
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
             made[whole] = nn.Parameter(sharded, whole.requires_grad)
         parameters[own_name] = made[whole]

@@ -41,6 +41,6 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         >>> (out.sum() + aux_loss).backward()
     """
     first = args[0] if args else None
-    name, _, _ = str(operator).rpartition(".")  # the name without the overload
+    name, _, _ = str(operator).rpartition(".")  # operator name without the overload
     chooses = name in CHOICE_OPERATORS and isinstance(first, Tensor) and first.is_floating_point()
     return CheckpointPolicy.MUST_SAVE if chooses else CheckpointPolicy.PREFER_RECOMPUTE

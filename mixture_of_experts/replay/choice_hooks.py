@@ -105,7 +105,7 @@ class ChoiceHooks:
         if call is not None:
             shape, mask = get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask
             if (ids := call.tokens.segment_ids) is not None and tuple(ids.shape) == shape:
-                mask = number_documents(ids, mask)  # layers record documents in this form
+                mask = number_documents(ids, mask)  # layers number documents in the same way
             call.enter_gate(point, shape, mask)
         given = self.supply_block_choices(point, call, hidden.device) if self.is_replay else None
         with TopkMode(point, given) as calls:

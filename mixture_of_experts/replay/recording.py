@@ -93,7 +93,7 @@ class RoutingRecorder(ChoiceHooks):
         if routing.chosen is not None:
             expert = torch.where(routing.chosen, expert, -1)
         expert, given = expert.unflatten(-1, (-1, point.k)), kwargs.get(GIVEN)
-        if given is not None:  # overrides with no choice or no computation are recorded unchanged
+        if given is not None:  # negative overrides (no choice or no computation) are recorded unchanged
             expert = torch.where((given < 0) & (given != KEEP_ROUTER_CHOICE), given, expert)
         self.store_choices(point, call, *([expert, routing.weight.detach()] if self.records_weights else [expert]))
 

@@ -25,9 +25,9 @@ from mixture_of_experts.support.checks import check_optional_size
 RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
-#: what a gate chose in a forward pass: (1) the experts `(b, n, k)`, and their weights if recorded; (2) the mask
-#: `(b, n)` of real tokens, None if all are real, or, for packed rows, the sequence number of each token (int64, -1 for
-#: padding); (3) the number of earlier tokens in each sequence, `(b,)` or a single number for all
+#: a gate's record of a forward pass: (1) the chosen experts `(b, n, k)`, and their weights if recorded; (2) the mask
+#: `(b, n)` of real tokens (None if all are real), or for packed rows, each token's sequence number (int64, -1 for
+#: padding); (3) the number of earlier tokens in each sequence, `(b,)` or one number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
@@ -236,14 +236,14 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         with open(path, "rb") as file:
             try:
-                if (member := zipfile.ZipFile(file).testzip()) is not None:  # torch does not compare checksums
+                if (member := zipfile.ZipFile(file).testzip()) is not None:  # torch does not verify checksums
                     raise ValueError(f"the checksum of {member} is wrong")
                 file.seek(0)
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != RECORDS_FORMAT:
                     raise ValueError(f"expected the format {RECORDS_FORMAT!r}, but got {found['format']!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
-            except Exception as error:  # for a truncated file torch.load raises OSError, EOFError, TypeError and others
+            except Exception as error:  # torch.load may raise OSError, EOFError, TypeError or other errors
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path} is incomplete, or was not written by RoutingRecords.save: {what}") from error
 

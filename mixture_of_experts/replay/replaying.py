@@ -109,9 +109,8 @@ class RoutingReplayer(ChoiceHooks):
                 f"({', '.join(layers)})"
             )
         self.record_lengths: dict[str, list[int]] = {}  # sequence lengths, keyed by gate
-        self.choice_tables: dict[
-            str, list[Tensor]
-        ] = {}  # choices `(b, s + 1, k)`, and their weights if recorded, keyed by gate
+        # choices `(b, s + 1, k)`, and their weights if recorded, keyed by gate
+        self.choice_tables: dict[str, list[Tensor]] = {}
         for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
             self.record_lengths[point.name] = records.lengths(layer)
             self.choice_tables[point.name] = build_choice_tables(point, layer, records)

@@ -40,9 +40,11 @@ class RoutingPoint(NamedTuple):
 
     name: str
     router: RouterHandle
-    hook_target: nn.Module  # the module: a layer, a gate without a layer, an external block, or its router
+    # the module to hook: a layer, a gate without a layer, an external block, or its router
+    hook_target: nn.Module
     k: int
-    layer_path: str  # path of the layer, which identifies one of a gate's locations in several layers, even in a graph
+    # path of the layer, which distinguishes the layers that share a gate, even in a graph
+    layer_path: str
 
     @property
     def num_experts(self) -> int:
@@ -140,11 +142,12 @@ class SequenceCall(ForwardCall):
     """An ongoing forward pass of a model that contains gates."""
 
     tokens: TokenMetadata
-    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or a single number for all
+    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or one number for all
     cache: Any  # the key-value cache, if any
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
-    choices: dict[str, Any] = field(default_factory=dict)  # the choices that gates made or received
-    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that match it
+    choices: dict[str, Any] = field(default_factory=dict)  # choices that gates made or received
+    # masks that have been checked, each with the matching record lengths
+    checked_masks: list[Any] = field(default_factory=list)
     layer_path: str = ""  # path of the layer that is currently running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
@@ -174,9 +177,8 @@ class SequenceWatch(ForwardWatch):
     def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
-        self.last_cache: tuple[Any, Any, Any] | None = (
-            None  # weak references to the last cache and to its keys, and the shape of the keys
-        )
+        # weak references to the last cache and to its keys, and the shape of the keys
+        self.last_cache: tuple[Any, Any, Any] | None = None
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
         cache, num_seen = self.reader.read_cache(args, kwargs)

@@ -55,7 +55,7 @@ class TopkMode(TorchFunctionMode):
             given = given.view_as(found.indices)
             expert = torch.where(given == KEEP_ROUTER_CHOICE, found.indices, given)
             found = torch.return_types.topk((input.gather(-1, expert), expert))
-        for mode in (self, *get_function_modes()):  # enclosing recordings have seen the block's own choices
+        for mode in (self, *get_function_modes()):  # enclosing recordings saw the block's original choices
             if isinstance(mode, TopkMode):
                 mode.expert = found.indices
         return found

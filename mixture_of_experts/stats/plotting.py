@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORBAR_TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
-MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD = (
-    min(COLORBAR_TICKS),
-    max(COLORBAR_TICKS),
-)  # relative loads at the ends of the colormap
-MIN_NUMBER_WIDTH = 24  # width in points; narrower cells show no number
+# relative loads at the ends of the colormap
+MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD = min(COLORBAR_TICKS), max(COLORBAR_TICKS)
+MIN_NUMBER_WIDTH = 24  # minimum cell width in points for showing a number
 
 
 def make_axes(width: float, height: float) -> Axes:

@@ -164,7 +164,7 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
     imbalance = requested.amax(dim=-1).float() * e / group_requests.squeeze(-1).clamp(min=1)  # 0 without requests
     tokens = torch.ones_like(computed) if routing.mask is None else routing.mask
     tokens = tokens if importance is None else tokens & (importance > 0)
-    # computing -p log p in place in the clamped p is 3x faster than torch.special.entr
+    # computing -p log p in place on the clamped copy is 3x faster than torch.special.entr
     entropy = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1)
     sums = (
         tokens,
@@ -176,7 +176,7 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
         torch.where(tokens, entropy, 0.0),
         torch.where(tokens, probs.amax(dim=-1), 0.0),  # confidence
     )
-    worst = pad(imbalance.flatten(), (1, 0)).amax()  # padding handles the case of no groups
+    worst = pad(imbalance.flatten(), (1, 0)).amax()  # padded, because there may be no groups
     numbers = (worst, *(each.sum() for each in sums), requested.sum(dim=-2), load)
     return torch.cat([each.float().flatten() for each in numbers])
 

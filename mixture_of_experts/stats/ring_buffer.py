@@ -26,8 +26,9 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 WRITE_LOCK = threading.Lock()
-MAX_LOSSES = 12  # number of loss columns in a row, including the z-loss
-INVALID_FORWARD = -1  # forward number of a row that was not written, or whose forward pass raised an error
+MAX_LOSSES = 12  # maximum number of losses in a row, including the z-loss
+# forward number of unwritten rows, and of rows whose forward pass raised an error
+INVALID_FORWARD = -1
 
 
 @dataclass(eq=False)
@@ -125,18 +126,17 @@ class GateRingBuffer:
 
     def __post_init__(self) -> None:
         router = self.router
-        self.name: str = router.name  # stored in an attribute because `torch.compile` reads it
+        self.name: str = router.name  # stored as an attribute that `torch.compile` can read
         self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)
         self.has_bias: bool = router.expert_bias is not None
         # a traced graph cannot store names, but it can call a function (not a method) with a constant result
         self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
         with torch.inference_mode(False), router.device:  # inference tensors can be written only in inference mode
-            # one more row than `keep`, because the oldest row shows whether the step after it is complete
+            # the additional row shows whether the step after it is complete
             size = self.keep + 1
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
-            self.numbers: Tensor = torch.full(
-                (size, 2), INVALID_FORWARD, dtype=torch.int64
-            )  # step and forward number of each row
+            # step number and forward number of each row
+            self.numbers: Tensor = torch.full((size, 2), INVALID_FORWARD, dtype=torch.int64)
             self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
             self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.counter.buffers.append(self)
@@ -165,7 +165,7 @@ class GateRingBuffer:
                     "that you actually call"
                 )
             return  # a recomputation, or a forward pass that another thread started before the context
-        # a graph cannot read the tensors of `call`, because `call` was created outside of the graph
+        # a graph cannot read the tensors of `call`, which was created outside of the graph
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
             losses = [value.float().reshape(1) for value in routing.losses.values()]

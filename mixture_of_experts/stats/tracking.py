@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TrackingMode = Literal["always", "training", "eval"]
-MAX_DRAWN = 24  # maximum number of gates that a report draws, because drawing 300 gates took half a minute
+MAX_DRAWN = 24  # maximum number of gates that a report draws; drawing 300 gates took half a minute
 NOTHING_RECORDED_ERROR = (
     "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context. If it "
     "was compiled and called before, its graph has no hooks; call torch.compiler.reset() first, or enter track_routing "
@@ -254,7 +254,7 @@ class RoutingStats:
             over_steps={layer: self.plot(layer, requested=True) for layer in drawn},
             left_out=left_out,
         )
-        # encode before opening the file, because names may have surrogates
+        # encode before opening the file, because names may contain surrogates
         text = html.encode("utf-8", "backslashreplace")
         with open(path, "wb") as file:
             file.write(text)

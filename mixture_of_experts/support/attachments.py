@@ -53,7 +53,8 @@ class Attachments(ExitStack):
         with ATTACHMENT_LOCK:
             own, before = name in vars(module), getattr(module, name, MISSING)
             setattr(module, name, value)  # this raises an error if the value is invalid
-            before = before if own or name not in vars(module) else MISSING  # the class defines the attribute
+            # MISSING if only the class defines the attribute
+            before = before if own or name not in vars(module) else MISSING
             get_detached_state(module).attribute_values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._restore_attribute, module, name)
 
@@ -74,7 +75,7 @@ class Attachments(ExitStack):
             state = get_detached_state(module)
             last, held = state.attribute_values[name][-1]
             values = [(owner, value) for owner, value in state.attribute_values[name] if owner is not self]
-            if last is self and getattr(module, name, MISSING) is held:  # it has not been overwritten since
+            if last is self and getattr(module, name, MISSING) is held:  # the attribute has not been overwritten since
                 if values[-1][1] is MISSING:
                     delattr(module, name)
                 else:
@@ -101,10 +102,12 @@ class DetachedState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.hook_ids = set()  # handle ids of attached hooks
-        self.attribute_values = {}  # values of each attribute: the module's own, followed by those set by contexts
+        # values of each attribute: the module's own value, followed by the values set by contexts
+        self.attribute_values = {}
 
     def __call__(self) -> dict[str, Any]:
-        of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11, not all classes define it
+        # before Python 3.11, not all classes define `__getstate__`
+        of_class = getattr(type(self.module), "__getstate__", None)
         return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class DetachedState:
         """Implement `__deepcopy__` for a module whose class defines it."""
         shadow = memo.get(id(self))
         if shadow is None:
-            shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
+            shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps `shadow` alive
             shadow.__dict__ = self.strip_attachments(self.module.__dict__)
             memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
         return memo[id(shadow)]  # a recursive call returns the copy under construction

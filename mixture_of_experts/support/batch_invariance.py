@@ -38,13 +38,13 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.subclassing import is_package_class, list_members
 
 BATCH_INVARIANT = "batch_invariant"
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, in the order in which they are tried
-MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the number of sampled rows
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # candidate numbers of rows per block, in the order in which they are tried
+MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, and number of sampled rows
 MIN_COLUMNS = 16  # with fewer columns, a row's bits depend on its position
-VECTOR_NUMEL = 64  # a multiple of the vector lengths of all dtypes
+VECTOR_NUMEL = 64  # a multiple of each dtype's vector length
 GRAIN_SIZE = 32768  # minimum number of elements for which torch splits a tensor among threads
 
-#: torch modules that map each row independently; containers only call the modules that they contain
+#: torch modules that transform each row independently, and containers that only call their submodules
 TOKENWISE_MODULES: set[type] = {
     nn.Linear,
     nn.RMSNorm,
@@ -62,9 +62,8 @@ CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrappe
 #: attributes of a class that do not affect outputs or are derived from other attributes
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
-#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with the operands, and related
-#: results, such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
-#: each, which must be equal
+#: `compute(x, y, *operands)` multiplies rows x `(..., r, p)` by the operands, and may compute related results, such as
+#: gradients for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)`, whose v results must be equal
 SampledFunction = Callable[..., list[Tensor]]
 
 
@@ -319,7 +318,7 @@ def find_max_rows(block: int, width: int) -> int:
     return (GRAIN_SIZE - 1) // (block * width) * block
 
 
-# Computations in blocks
+# Blockwise computation
 
 
 def multiply_batch_invariant(

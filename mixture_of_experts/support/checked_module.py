@@ -23,7 +23,7 @@ def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
 class CheckedModule(nn.Module):
     """A module that checks its settings whenever they are set, and whose sizes cannot change."""
 
-    #: attributes that determine the shapes of parameters, which can be set only once
+    #: attributes that determine parameter shapes and can be set only once
     shape_attributes: ClassVar[tuple[str, ...]] = ()
     _settings: ClassVar[dict[str, _CheckedSetting]] = {}
 
@@ -32,7 +32,7 @@ class CheckedModule(nn.Module):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, _CheckedSetting)}
         inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
         cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
-        for name in own:  # attributes that are not set yet must raise AttributeError
+        for name in own:  # until attributes are set, reading them must raise AttributeError
             delattr(cls, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,7 +85,8 @@ class FixedShapeModule(CheckedModule):
         return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "dim" not in state:  # it is the class of this name in mixture-of-experts 0.2.3
+        # the state comes from the class of this name in mixture-of-experts 0.2.3
+        if "dim" not in state:
             raise ValueError(
                 f"this {type(self).__name__} was pickled as a whole module by another package, mixture-of-experts "
                 "0.2.3. Load the file with that package, save module.state_dict(), and load it here with "

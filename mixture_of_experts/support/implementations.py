@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
-# read only once, because compiled graphs can be guarded by a variable but not by the environment
+# read only once, because compiled graphs can have guards on a variable but not on the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _requested: tuple[str, bool | None] = (INITIAL_IMPLEMENTATION, None)
-# active contexts of `use` in all threads; the last one applies
+# active contexts of `use` in all threads; the most recent context applies
 _open_contexts: dict[object, tuple[str, bool | None]] = {}
 _REQUEST_LOCK = threading.Lock()
 

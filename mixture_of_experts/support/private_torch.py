@@ -86,7 +86,8 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
     end with `_unsafe_view`.
     """
-    if not torch.is_grad_enabled():  # autograd records no view, and fewer kinds of operators make decoding faster
+    # without gradients, autograd records no views, and using fewer kinds of operators makes decoding faster
+    if not torch.is_grad_enabled():
         return x.view(shape)
     return torch.ops.aten._unsafe_view.default(x, shape)
 
@@ -276,9 +277,9 @@ def set_load_hook(module: nn.Module, name: str, before: Callable[..., Any]) -> N
     module._load_state_dict_pre_hooks[name] = _WrappedHook(before, module)  # pyright: ignore[reportArgumentType]
 
 
-#: attributes in which a module stores its forward and backward hooks and their flags
+#: attributes that store a module's forward and backward hooks, and hook flags
 CALL_HOOKS = (*HOOK_TABLES, "_backward_hooks", "_backward_pre_hooks")
-#: attributes in which a module stores its state-dict hooks, which depend on the names and shapes of its tensors
+#: attributes that store a module's state-dict hooks, which depend on the names and shapes of its tensors
 STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",

@@ -16,7 +16,8 @@ from mixture_of_experts.support.private_torch import is_exporting, is_functorch_
 
 def symbolic_min(first: int, second: int) -> int:
     """Return the minimum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
-    if isinstance(first, int) and isinstance(second, int):  # lengths are int under dynamo and symbols under exporters
+    # lengths are ints under dynamo and symbols under exporters
+    if isinstance(first, int) and isinstance(second, int):
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 

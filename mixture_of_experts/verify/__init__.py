@@ -23,7 +23,7 @@ _ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
-#: maps property names to each property's promise, in one sentence
+#: each property's promise in one sentence, keyed by property name
 PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
@@ -72,7 +72,7 @@ def verify(
         raise ValueError(f"unknown properties {sorted(unknown)}; the available properties are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with preserve_settings():  # protects other measurements and the caller
+        with preserve_settings():  # changed settings must not affect other measurements or the caller
             trial = infer_arguments(Trial(module, dim or 0, mask, loss, router, segment_ids))
         findings = {}
         for each in _ALL_PROPERTIES:

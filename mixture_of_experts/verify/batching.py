@@ -26,7 +26,8 @@ from mixture_of_experts.verify.trial import (
 
 LONG_CASE = Case(2, 1500, 6)
 SINGLE_TOKEN_CASES = (Case(64, 1, 0),)
-MAX_LOST_CHOICE_SHARE = 0.2  # maximum fraction of lost choices; an expert with few ReLU units may output zeros
+# maximum fraction of lost choices; an expert with few ReLU units may output zeros
+MAX_LOST_CHOICE_SHARE = 0.2
 
 
 def select_tokens(outcome: Outcome, index: Any) -> Outcome:
@@ -82,7 +83,7 @@ def packing(trial: Trial) -> Deviations:
         raise NotApplicableError(reason)
     x, (b, n, seed, _) = trial.make_tokens(), trial.case
     ids = torch.randperm(b * n, generator=torch.Generator().manual_seed(seed)) // n
-    place = ids.argsort(stable=True)  # positions of the documents' tokens, document by document
+    place = ids.argsort(stable=True)  # token positions, sorted by document
     packed, ids = x.flatten(0, 1)[place.argsort()].unsqueeze(0), ids.unsqueeze(0).to(x.device)
     found = select_tokens(trial.step(packed, segment_ids=ids), (0, place))
     yield compare_outcomes(found, select_tokens(trial.step(), mark_all_tokens(trial)), context=f", {b} in a row")
@@ -106,7 +107,7 @@ def causal(trial: Trial) -> Deviations:
     n, wanted = trial.case.num_tokens, trial.forward()
     for t in (1, n // 2, n - 1):
         x, earlier = trial.make_tokens(), (slice(None), slice(t))
-        x[:, t:] = x[:, t - 1 : t]  # these tokens request the same experts as an earlier token
+        x[:, t:] = x[:, t - 1 : t]  # the repeated token requests the same experts as the original
         yield compare_outcomes(
             select_tokens(trial.forward(x), earlier),
             select_tokens(wanted, earlier),
@@ -168,7 +169,8 @@ def every_choice(trial: Trial) -> Deviations:
     reached = torch.stack(
         [find_reached_weights(trial.step(token, loss_from="output")) for token in alone]
     ).float()  # (t, w)
-    # (w): the number of tokens that choose each weight's expert, which all tokens reaching the weight chose
+    # (w): number of tokens that choose the weight's expert, that is, the expert chosen by all tokens that reach the
+    # weight
     choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():
@@ -204,6 +206,6 @@ def extremes(trial: Trial) -> Deviations:
 @layer_property("strided tokens and gradients give the same results", is_deterministic_only=True)
 def strides(trial: Trial) -> Deviations:
     x = trial.make_tokens()
-    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # a view can still flatten (b, n)
+    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # (b, n) can still be flattened to a view
     for run in (trial.step, trial.forward):
         yield compare_outcomes(run(strided), run(x))

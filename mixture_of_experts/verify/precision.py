@@ -18,12 +18,11 @@ from mixture_of_experts.verify.trial import (
     make_output_weights,
 )
 
-DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # step sizes of finite differences, relative to the norm of the varied tensor
+DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # step sizes of finite differences, relative to the norm of the perturbed tensor
 CLOSE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 BATCH_CASES, MANY_TOKENS_CASES = (Case(4, 32, 0),), (Case(1 << 14, 1, 0),)
-MAX_CHANGED_SHARE = (
-    1e-4  # fraction of tokens that choose differently; a router that rounds to bfloat16 changes 1 in 1000 or more
-)
+# maximum fraction of tokens that choose differently; rounding a router to bfloat16 changes 1 in 1000 or more
+MAX_CHANGED_SHARE = 1e-4
 
 
 @layer_property("gradients match finite differences in float64", limit=GRADIENT_TOLERANCE)

@@ -25,7 +25,7 @@ from mixture_of_experts.verify.trial import (
 )
 
 UNUSUAL_SEED = 20170123  # a seed that no module uses
-MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for a pass in another thread
+MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for another thread
 PATIENCE = 10  # seconds to wait for a forward pass in another thread
 
 
@@ -147,7 +147,8 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    trial.forward(module=used)  # after loading, any packed copies of the weights are stale
+    # this forward pass may pack the weights, and loading must make the packed copies stale
+    trial.forward(module=used)
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)

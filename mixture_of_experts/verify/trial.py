@@ -22,10 +22,10 @@ from mixture_of_experts.stats import routing_of
 
 #: the results of a step: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
 Outcome = dict[str, Tensor]
-TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome with one entry per token
+TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have one entry per token
 RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except buffer changes
-RunFunction = Callable[..., Any]  # calls a function with tokens, for example checkpointed or compiled
-ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the largest absolute value of a tensor
+RunFunction = Callable[..., Any]  # runs a function on tokens, for example with checkpointing or compilation
+ROUNDING_LIMIT = 1e-4  # maximum difference due to rounding, relative to the largest absolute value of a tensor
 
 
 class NotApplicableError(Exception):
@@ -156,11 +156,10 @@ class Trial:
         `loss_from` is "output" or "loss". The objective is multiplied by `scale` for the backward pass, and the
         gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
-        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are preserved
+        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # `detach` preserves strides
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
-        total = (found["output"] * make_output_weights(x, mask)).sum() * (
-            loss_from != "loss"
-        )  # multiplied by 0 instead of omitted, because a loss may reach x through the output
+        # multiplied by 0 instead of omitted, because a loss may reach x through the output
+        total = (found["output"] * make_output_weights(x, mask)).sum() * (loss_from != "loss")
         if "loss" in found and loss_from != "output":
             total = total + found["loss"]
         if total.requires_grad:
@@ -213,9 +212,10 @@ def infer_arguments(trial: Trial) -> Trial:
         if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
             trial = replace(trial, router=read_gate_choices)
     steady = tuple(training for training in (True, False) if not replace(trial, training=training).is_random())
+    # rounding errors of modules do not exceed 0.05
     return replace(
         trial, deterministic_modes=steady, limit=min(max(ROUNDING_LIMIT, 4 * trial.estimate_rounding()), 0.05)
-    )  # no module has larger rounding errors
+    )
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -81,7 +81,7 @@ class AuxCall(ForwardCall):
     """An ongoing forward pass of the model that was passed to `collect_aux`."""
 
     training: bool
-    enclosing_call: AuxCall | None  # the enclosing forward pass of the same model
+    enclosing_call: AuxCall | None  # enclosing forward pass of the same model
     losses: list[Tensor] = field(default_factory=list)
 
 
@@ -126,7 +126,8 @@ class AuxLossCollector(ForwardWatch):
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # set in the last training forward pass
+        # layers that ran without gradients in the last training pass
+        self.layers_without_grad: set[nn.Module] = set()
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))

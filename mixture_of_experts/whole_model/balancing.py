@@ -184,7 +184,7 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
-# Routers of other libraries
+# Routers from other libraries
 
 
 class ExternalBiasUpdater:
@@ -250,10 +250,8 @@ class ExternalBiasUpdater:
         if not router.training or not torch.is_grad_enabled():
             return None
         _, weight, expert = read_router_output(self.router, output)
-        real, mask = (
-            ~weight.isnan().any(dim=-1),
-            self.token_watch.current_tokens().mask,
-        )  # with NaN weights, a gradient scaler will skip this step
+        # with NaN weights, a gradient scaler will skip this step
+        real, mask = ~weight.isnan().any(dim=-1), self.token_watch.current_tokens().mask
         if mask is not None and mask.numel() == len(real):
             real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())

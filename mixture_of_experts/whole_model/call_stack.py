@@ -185,10 +185,11 @@ class ForwardWatch:
             return None
         if not torch.compiler.is_compiling():
             caller = sys._getframe(1)
-            # the frame was resumed after a graph break
+            # whether the frame was resumed after a graph break
             resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")
             if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
-                return None  # `activate_calls` added the call, because this pass failed before its own call began
+                # this pass failed before its own call began; the last call was added by `activate_calls`
+                return None
         return self.on_success(pop_call(self), output)

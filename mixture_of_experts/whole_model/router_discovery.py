@@ -26,8 +26,9 @@ GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 class RouterLocation(NamedTuple):
     """The location of a gate in a model."""
 
-    name: str  # path without wrappers
-    layer: nn.Module | None = None  # the layer or external block that calls it; None for a standalone gate
+    name: str  # module path, without the names of wrappers
+    # the layer or external block that calls the gate; None for a standalone gate
+    layer: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +37,16 @@ class RouterHandle:
     with two locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
-    hook_target: nn.Module  #: the outermost wrapper or the gate itself; its hooks run once per call of a layer
+    #: the outermost wrapper or the gate itself; its hooks run once per layer call
+    hook_target: nn.Module
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
-    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
-    level_one: RouterHandle | None = None  #: at level two, the router of level one
-    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it belongs to another library
+    #: leading dimensions of the router weights, with one router per index
+    outer_expert_dims: tuple[int, ...] = ()
+    level_one: RouterHandle | None = None  #: the level-one router, for a router at level two
+    #: the router's settings, if it belongs to another library
+    external: ExternalRouter | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -160,10 +164,10 @@ def matches_selector(router: RouterHandle, selector: Any) -> bool:
 class NamedModule(NamedTuple):
     """A module and one of its paths in the model."""
 
-    name: str  # path without wrappers
+    name: str  # module path, without the names of wrappers
     outermost: nn.Module  # the outermost wrapper or the module itself
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]  # modules that contain it, outermost first
+    ancestors: tuple[nn.Module, ...]  # enclosing modules, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
         """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the

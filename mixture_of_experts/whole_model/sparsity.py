@@ -18,7 +18,7 @@ from mixture_of_experts.whole_model.balancing import ignore_counts_in_ddp
 from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
 
-CHECK_INTERVAL = 100  # number of steps between reads of values from the device
+CHECK_INTERVAL = 100  # number of steps between reads from the device
 
 
 def control_sparsity(

@@ -60,7 +60,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
         return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
-    # the norm precedes the router weight, so every choice is computed as a separate token
+    # the norm is applied before the router weight, so every choice is computed as a separate token
     k = top_k_index.shape[-1]
     alone = top_k_index.reshape(-1, 1)
     results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))

@@ -49,7 +49,7 @@ BLOCK_CLASSES: dict[str, str] = {
 }
 #: recipe names, keyed by block class
 RECIPES_BY_BLOCK: dict[str, str] = {block: name for name, blocks in BLOCK_CLASSES.items() for block in blocks.split()}
-#: return values of the blocks' routers, where they differ from `ExternalRouter.returns`
+#: return values of block routers that differ from `ExternalRouter.returns`
 ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "switch": (None, None, "logits"),
     "jetmoe": (None, None, None, None, "logits"),
@@ -57,7 +57,7 @@ ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "gemma4": ("probs", "weights", "experts"),
     "dbrx": ("logits",),
 }
-#: attribute names under which blocks or their routers store settings, weights and modules
+#: names of the attributes in which blocks or their routers store settings, weights and modules
 BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     part: tuple(names.split())
     for part, names in {
@@ -87,11 +87,11 @@ BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "before": "fc1_latent_proj pre_expert_proj pre_feedforward_layernorm_2",
         "before_norm": "pre_expert_norm",
         "after": "fc2_latent_proj post_expert_proj post_feedforward_layernorm_2",
-        "last": "post_mlp_layernorm",  # runs after the shared expert's output is added
+        "last": "post_mlp_layernorm",  # a norm that is applied after the shared expert's output is added
         "shift": "bias",
     }.items()
 }
-#: attributes in which blocks store their experts' "gate_up", "down" and "activation", if not under the usual names
+#: attributes that store a block's "gate_up", "down" and "activation", if their names are unusual
 EXPERT_ATTRIBUTES: dict[str, dict[str, str]] = {
     "jetmoe": {"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
 }

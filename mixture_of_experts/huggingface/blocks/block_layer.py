@@ -30,7 +30,7 @@ from mixture_of_experts.wrappers import (
     ZeroComputationExperts,
 )
 
-# one of our weights, as readable and writable views of the block's weights that are concatenated along dimension 0
+# writable views of block weights, which form one of our weights when concatenated along dimension 0
 WeightViews = list[Tensor]
 
 
@@ -74,7 +74,7 @@ class ParsedBlock(BlockSettings):
         e, (d, h) = sum(map(len, weights["w1"])), weights["w1"][0].shape[1:]
         kind: Any = GatedExperts if "w3" in weights else Experts
         stack = kind(d, e, h, self.make_expert_activation(), bias="b1" in weights)
-        stack.is_transposed = True  # PEFT reads this attribute: weights are (e, in, out)
+        stack.is_transposed = True  # PEFT reads this attribute; True means that weights are (e, in, out)
         return stack
 
     def make_expert_activation(self) -> Any:
@@ -117,7 +117,7 @@ class ParsedBlock(BlockSettings):
         if any(part is not None for part in parts.values()):
             experts = LatentExperts(experts, **parts)
         vector = find_attribute(self.module, *BLOCK_ATTRIBUTES["shift"])
-        if isinstance(vector, nn.Parameter):  # the vector is added to the experts' output
+        if isinstance(vector, nn.Parameter):  # the block adds this vector to the experts' output
             shift = Shift(len(vector))
             shift.bias = vector
             experts = LatentExperts(experts, after=shift)
@@ -175,7 +175,7 @@ class ParsedBlock(BlockSettings):
                 "w1": [one.wi.weight.T[None] for one in networks],
                 "w2": [one.wo.weight.T[None] for one in networks],
             }
-        if hasattr(experts, "mlp"):  # the experts' weights are stacked along the rows
+        if hasattr(experts, "mlp"):  # each weight concatenates the weights of all experts along dimension 0
             mlp = experts.mlp
             w1, w3, w2 = (weight.unflatten(0, (experts.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [w1.mT], "w3": [w3.mT], "w2": [w2]}

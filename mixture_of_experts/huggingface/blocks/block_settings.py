@@ -63,7 +63,8 @@ class BlockSettings(ExternalRouter):
         self.returns = ROUTER_RETURNS.get(recipe, ExternalRouter.returns)
         self.path = next(name for name in BLOCK_ATTRIBUTES["router"] if find_attribute(module, name) is not None)
         self.router: Any = find_attribute(module, self.path)
-        self.has_router_network: bool = hasattr(self.router, "router_mlp")  # a network instead of a single matrix
+        # whether the router is a network rather than a single matrix
+        self.has_router_network: bool = hasattr(self.router, "router_mlp")
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
@@ -112,7 +113,8 @@ class BlockSettings(ExternalRouter):
     @property
     def router_bias(self) -> Any:
         """The bias added to the router logits, or None if the router adds no bias."""
-        if self.has_router_network or hasattr(self.router, "get_topk_indices"):  # these routers do not add their bias
+        # these routers add no bias to their logits
+        if self.has_router_network or hasattr(self.router, "get_topk_indices"):
             return None
         return find_attribute(
             self.router, *(path.removesuffix("weight") + "bias" for path in BLOCK_ATTRIBUTES["weight"])
@@ -199,7 +201,7 @@ class BlockSettings(ExternalRouter):
 
     def check_rule(self, rule: Any, name: str) -> None:
         if rule.reads_scores:
-            settings = self.gate_arguments()  # arguments of the gate that a conversion would create
+            settings = self.gate_arguments()  # arguments that a conversion would pass to the gate
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
             check_scores(rule, repr(name), settings["k"], self.num_experts, select, num_groups)
         super().check_rule(rule, name)

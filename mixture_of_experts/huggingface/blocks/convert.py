@@ -35,12 +35,13 @@ def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     """Return a `MoE` that is equivalent to a sparse block and has copies of its weights. Frozen weights remain
     frozen."""
     block_layer = read_block(block, balance_over, **coefs)
-    with torch.enable_grad():  # enabled so that views show which weights are frozen
+    with torch.enable_grad():  # with gradients enabled, the views show which weights are frozen
         views = block_layer.get_weight_views()
     moe = copy.deepcopy(block_layer.layer)
     state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
-        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # float32, because it is updated in small steps
+        # float32, because balancing updates the bias in small steps
+        state["gate.expert_bias"] = state["gate.expert_bias"].float()
         state[EXPERT_COUNTS_KEY] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # assign=True keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():

@@ -149,7 +149,7 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
         if any(name.startswith(f"{above}.") for above in found):
             continue
         if isinstance(module, MoEFeedForward):
-            found.append(name)  # this makes the search skip its submodules
+            found.append(name)  # the search skips the submodules of modules in `found`
         elif find_recipe(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 raise_not_convertible(model, name, "is a whole decoder layer that also holds the router and experts")
@@ -179,9 +179,8 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         block = model.get_submodule(name)
         moe = convert_to_layer(block, **layer_settings(coefs))
         masked, path = uses_model_mask(model, name), find_router_path(block)
-        reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
-            moe.gate
-        )  # logits of stateful routers are not reported
+        # stateful routers do not report their logits
+        reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(moe.gate)
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))
@@ -297,7 +296,7 @@ def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():
-        weight.data.zero_()  # some weights have no counterpart in a layer
+        weight.data.zero_()  # some of the block's weights have no counterpart in a layer
     for name, pieces in read_block(block).get_weight_views().items():
         for piece in pieces:
             weight = piece if piece._base is None else piece._base

@@ -42,7 +42,7 @@ class ShardedExpertsParallel(EpDispatchExpertsParallel):
         count: Any = getattr(module, "num_experts", None)
         dims = count if isinstance(count, tuple) else (count,)
         check_divisible(dims, ep_mesh)
-        # the ranks' losses are summed because transformers divides by the number of batches
+        # sum the ranks' losses, because transformers divides by the number of batches
         sharding = ExpertSharding(
             ep_mesh, dims, "sum", static_shapes=False,
             sharded_names=find_sharded_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,

@@ -125,7 +125,7 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for experts in found:
             for name in ("w1", "w3", "w2"):
-                # skip weights that an outer context already shows
+                # skip weights that an outer context has already registered
                 if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):
                     experts.register_parameter(
                         name, nn.Parameter(experts.placeholder_weight(name), requires_grad=False)

@@ -57,7 +57,7 @@ class AdaptedLayout:
         self.gather_rows: Any = layout.gather_rows
         self.add_bias: Any = layout.add_bias
         self.activate: Any = layout.activate
-        self.low_rank_activations: dict[str, Tensor] = {}  # products of the rows and each `down`, keyed by weight name
+        self.low_rank_activations: dict[str, Tensor] = {}  # `x @ down` for each adapted weight, keyed by weight name
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
         """Return `x @ down`, which has shape `(r, k)`. The product is computed only once for each weight."""
@@ -87,7 +87,7 @@ class GradientLayout(AdaptedLayout):
 
     x: Tensor  # (t, d), tokens
     scale: Tensor  # (r, 1), router weight of each row
-    saved: dict[str, Tensor]  # products of the rows and each `down`, from the forward pass
+    saved: dict[str, Tensor]  # `x @ down` for each adapted weight, from the forward pass
     requested: Collection[str]
     out: Mapping[str, Tensor]
     grads: dict[str, Tensor]

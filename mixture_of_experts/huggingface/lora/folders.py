@@ -86,7 +86,7 @@ def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
             found |= {f"{name}.{key}": partial(copy.state_dict().__getitem__, key) for key in copy.state_dict()}
         elif "base_layer" in module._modules and hasattr(module, "merge"):
             found |= {f"{name}.{key}": partial(merge_weight, module, key) for key in list_adapted(module)}
-        elif hasattr(module, "unload_and_optionally_merge_module"):  # for example, the wrapper for trainable tokens
+        elif hasattr(module, "unload_and_optionally_merge_module"):  # for example, PEFT's wrapper for trainable tokens
             raise ValueError(
                 f"{name} contains a {type(module).__name__}, which cannot be merged on disk; load the model and call "
                 "PEFT's merge_and_unload()"

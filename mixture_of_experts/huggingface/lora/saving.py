@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("peft", "per_expert", "mixture_of_experts")
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: names of an expert's w1, w3 and w2 for classes whose checkpoints have stacked experts, keyed by model type
+#: names of an expert's w1, w3 and w2, keyed by model type, for models whose checkpoints stack the experts
 STACKED_EXPERT_NAMES = {"gpt_oss": ("w1", "w3", "w2")}
 
 
@@ -133,7 +133,7 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
     return name
 
 
-# Layouts of PEFT
+# PEFT layouts
 
 
 def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -175,12 +175,13 @@ def write_with_peft(
     """
     from peft import get_peft_model
 
-    # use the same rank for all stacks, because PEFT warns about patterns for stacks
+    # PEFT warns about rank patterns for stacks, so all stacks have the same rank
     rank = max(right.shape[1] for _, right in stacks.values())
     ranks = dict.fromkeys(stacks, rank) | {path: len(a) for path, (_, a) in found.linear.items()}
     whole = dict(modules_to_save=sorted(found.whole_modules) or None)
     targets = dict(target_modules=sorted(found.linear), target_parameters=sorted(stacks))
-    found.model.name_or_path = settings["base_model_name_or_path"] or ""  # PEFT writes it into the configuration
+    # PEFT stores this name in the adapter's configuration
+    found.model.name_or_path = settings["base_model_name_or_path"] or ""
     adapted: Any = get_peft_model(found.model, make_lora_config(rank, ranks, **settings, **targets, **whole))
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
@@ -257,7 +258,7 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
     return LoraConfig(r=rank, lora_alpha=rank, rank_pattern=other, alpha_pattern=dict(other), **settings)
 
 
-# Layout of engines
+# Inference engine layout
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stac
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 
-LowRankUpdate = tuple[Tensor, Tensor]  # the product of both is added to a weight; for linear layers, they are (B, A)
+LowRankUpdate = tuple[Tensor, Tensor]  # two factors whose product is added to a weight; (B, A) for linear layers
 
 
 @dataclass
@@ -38,9 +38,10 @@ class StockAdapter:
 
     model: Any  # the stock model on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
-    #: updates `(e, in, k)` and `(e, k, out)` of w1, w3 and w2, keyed by the path of the experts
+    #: factors `(e, in, k)` and `(e, k, out)` of the updates of w1, w3 and w2, keyed by the experts' path
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
-    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, keyed by path
+    # state dicts of fully trained modules, keyed by path
+    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # blocks, keyed by the path of their experts
 
@@ -181,7 +182,7 @@ def add_whole_module(
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
-    if adapter in trained and isinstance(trained[adapter], Replaced):  # the replaced module computes nothing
+    if adapter in trained and isinstance(trained[adapter], Replaced):  # a replaced module computes nothing
         return
     layer_path, inner = split_layer_path(layers, path)
     if layer_path is not None and inner == "moe.gate" and adapter in trained:

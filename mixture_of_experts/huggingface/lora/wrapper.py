@@ -34,7 +34,7 @@ class AdaptedFFN:
         weights = network.tensors()
         adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
-        # trainable weights need the gradients of the summed weights
+        # a trainable weight receives its gradient through the sum of the weight and its update
         if any(stored.requires_grad for stored in weights.values()):
             return routed_ffn(x, assignments, whole.merged(), training=training)
         return routed_ffn(x, assignments, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
@@ -47,7 +47,8 @@ class ParamWrapper(layer.ParamWrapper):
     have no weight to which PEFT could add an update.
     """
 
-    passes_factors = True  # factors are passed to experts that compute outputs; `quantize_experts` reads this attribute
+    # the wrapper passes its factors to experts that compute outputs; `quantize_experts` reads this attribute
+    passes_factors = True
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()

@@ -233,9 +233,8 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
             f"each layer of {type(models[0]).__name__} must keep the same number of experts, because its configuration "
             f"stores a single number for all blocks, but got {[new, *differ]}"
         )
-    names = (
-        [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
-    )  # `add_router_config` sets this entry
+    # without blocks, `add_router_config` has set "num_experts"
+    names = [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
         raise ValueError(
             f"no setting of {type(text).__name__} has the value {old}, which is the number of experts in its blocks"

@@ -24,13 +24,14 @@ from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 from mixture_of_experts.wrappers import list_nested_experts
 
-#: expert axis of each of a gate's tensors, and the tensors without an expert axis
+#: expert axis of each gate tensor
 GATE_EXPERT_AXES: dict[str, int] = {"expert_histogram": -2}
 GATE_EXPERT_AXES |= dict.fromkeys(("w_gating", "w_noise", "b_gating", "expert_bias", "expert_counts"), -1)
 GATE_EXPERT_AXES |= dict.fromkeys(("logits.weight", "logits.bias", "weigh.scale"), -1)
+#: gate tensors without an expert axis
 GATE_TENSORS_WITHOUT_EXPERTS = ("logits.norm_weight", "l1_coef", "choice_counts")
 STACK_EXPERT_AXES: dict[str, int] = dict.fromkeys(("w1", "w2", "w3", "b1", "b2", "b3"), 0)
-#: modules and functions in a gate that are independent of the number of experts or can be sliced
+#: gate components that do not depend on the number of experts or can be sliced
 SUPPORTED_GATE_PARTS = (RouterLogits, LearnedScale, NormalizeBy)
 
 
@@ -94,7 +95,7 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
     """Raise ValueError if a router cannot keep `number` experts, because it has fewer or requires more."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
-    minimum = k + isinstance(gate, NoisyTopKGating)  # smallest number of experts with which the gate works
+    minimum = k + isinstance(gate, NoisyTopKGating)  # minimum number of experts that the gate supports
     prefix = f"prune cannot keep {number} of {router.num_experts} experts of {router.name!r}"
     if not minimum <= number <= router.num_experts:
         raise ValueError(f"{prefix}; keep between {minimum} (the minimum for its router) and {router.num_experts}")
@@ -133,8 +134,8 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
     if isinstance(stack, ExpertList):
         for i in sorted({*range(router.num_experts)} - {*ids}, reverse=True):
             del stack[i]
-        parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` has an empty stack
+        parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` stores an empty stack
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
-            if name in vars(part):  # set directly, because modules allow a size to be set only once
+            if name in vars(part):  # bypasses the check that a size is set only once
                 vars(part)[name] = size

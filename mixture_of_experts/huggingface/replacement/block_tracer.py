@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 class TracedTensor(Tensor):
     """Random numbers `(2, 3, w)` that represent the output of a linear layer, or values computed from such numbers."""
 
-    sources: frozenset[str | float]  # paths of the layers and locations of the dropouts that computed the tensor
+    sources: frozenset[str | float]  # paths of layers and locations of dropouts that contributed to the tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,7 +36,7 @@ class TracedTensor(Tensor):
         if func is F.dropout:
             if (place := locate_dropout(kwargs)) is None:
                 return args[0]
-            # the factor -2 marks the location of the dropout
+            # a factor of -2 marks where the dropout is applied
             func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}
         out = super().__torch_function__(func, types, args, kwargs)
         for numbers in find_traced_tensors(out):
@@ -75,7 +75,7 @@ class BlockTracer(GraphAppendingTracer):
     bypass: dict[str, float | None]
     symbols: list[Proxy]  # required arguments of the forward method
     has_one_argument: bool
-    output: Any  # the module's return value, with a `Node` in place of each symbol
+    output: Any  # the module's return value, in which a `Node` replaces each symbol
 
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
@@ -83,9 +83,8 @@ class BlockTracer(GraphAppendingTracer):
         self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls, keyed by submodule
         self.results: dict[str, TracedTensor] = {}  # results of linear layers
         self.other_parts: dict[str, nn.Module] = {}  # other layers that received traced tensors as input
-        self.source_uses: list[
-            str | float
-        ] = []  # sources of traced values, once per linear layer or symbol that reads them
+        # sources of traced values, repeated for each linear layer or symbol that reads them
+        self.source_uses: list[str | float] = []
         self.chains: list[LinearChain] = []
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -94,7 +93,7 @@ class BlockTracer(GraphAppendingTracer):
         try:
             with torch.device("cpu"):
                 self.output = self.create_arg(type(module).forward(self.copy_module(), *self.symbols))
-        except Exception:  # unknown code may fail on symbols
+        except Exception:  # arbitrary code may fail on symbols
             self.chains.clear()
 
     def copy_module(self) -> Any:
@@ -137,7 +136,7 @@ class BlockTracer(GraphAppendingTracer):
                 for numbers in find_traced_tensors(out):
                     numbers.sources |= {path}
                 return out
-        except Exception:  # unknown code may fail on symbols
+        except Exception:  # arbitrary code may fail on symbols
             del self.chains[before:]
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -168,7 +167,7 @@ class BlockTracer(GraphAppendingTracer):
 
     def proxy(self, node: Node) -> Proxy:
         symbol: Any = Proxy(node, self)
-        symbol.dtype = torch.float32  # the dtype of the values, so that no code casts them
+        symbol.dtype = torch.float32  # prevents the traced code from casting values
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:

@@ -120,7 +120,7 @@ class DenseFFN:
         return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
-@torch.enable_grad()  # enabled so that views show which weights are frozen
+@torch.enable_grad()  # with gradients enabled, the views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     """Read the dense network that an adapter describes.
 
@@ -146,7 +146,8 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     )
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # also correct with a gate, because dropout is a factor
+        # this order is also correct for gated networks, because dropout multiplies elementwise
+        activation = nn.Sequential(activation, dropout)
     return DenseFFN(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
@@ -246,7 +247,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: names of `transformers` activation classes, mapped to torch modules for which experts have fast implementations
+#: torch modules for which experts have fast implementations, keyed by `transformers` activation class
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),

@@ -36,7 +36,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: matches the paths or class names of experts, and of other modules that are not a block's feed-forward network
+#: matches paths or class names of modules, such as experts, that are not a block's feed-forward network
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
@@ -48,7 +48,7 @@ class UnsupportedNetwork(NamedTuple):
     """A network that was found but cannot be replaced."""
 
     name: str  # path of the network's last linear layer
-    class_name: str  # class of the module that calls this layer
+    class_name: str  # class name of the module that calls this layer
     reason: str
 
 
@@ -125,8 +125,8 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
-    # the module does nothing else if its output is the network's output, the tokens are its only argument, and it has
-    # no other linear layers, which it might call in eval mode
+    # the module does nothing else if it returns the network's output, takes only the tokens, and has no other linear
+    # layers (which it might call in eval mode)
     alone = sum(map(is_linear_layer, trial.module.modules())) == len(ups) + 1
     if (
         alone
@@ -147,7 +147,7 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     hidden = chain.hidden
     known = (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
     own: dict[nn.Module, Any] = {part: path for path, part in trial.other_parts.items() if path in hidden.sources}
-    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # with two dropouts, no candidate matches
+    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # networks with two dropouts match no candidate
     for activation in (*known, *(own or (nn.Sigmoid(), nn.Identity()))):
         for adapter, b, a in list_candidates(trial, chain):
             if reproduces_hidden(activation, b, a, hidden if dropout is None else hidden / -2):
@@ -182,8 +182,8 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear layers, and modules whose only input is the tokens (the first linear layers and their
-    # parents)
+    # layers between the linear layers, and modules that receive only the tokens: the first linear layers and their
+    # parents
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]
@@ -196,7 +196,7 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
         raise UnsupportedNetworkError(
             f"the computation between the linear layers is embedded in the code of {type(trial.module).__name__}"
         )
-    output_dropout = None  # the MoE must include the dropout if it is also used after the last layer
+    output_dropout = None  # if the dropout is also applied after the last layer, the MoE must include it
     if bypassed[0].hidden_dropout is not None:
         after = [locate_dropout(node.kwargs) for node in chain.output.users if node.target is F.dropout].count(dropout)
         if not isinstance(dropout, str) or trial.source_uses.count(dropout) > 1 + after:

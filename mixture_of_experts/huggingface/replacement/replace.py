@@ -48,7 +48,7 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.support.private_torch import move_hooks
 
-#: axis of the hidden units in each weight of a network
+#: hidden-unit axis of each weight in a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
@@ -350,14 +350,15 @@ def build_moe(
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # PEFT reads this attribute for LoRA: weights are (e, in, out)
+        experts.is_transposed = True  # PEFT reads this attribute; True means that weights are (e, in, out)
         if shared is not None:
-            activation = copy.deepcopy(dense.activation)  # a copy with its own dropout
+            # the shared expert must have its own dropout
+            activation = copy.deepcopy(dense.activation)
             shared_expert = SharedExpert(
                 dense.dim, shared, activation, dense.is_gated, bias="b1" in dense.weights, dtype=dtype
             )
     for name in experts._parameters.keys() - dense.weights.keys():
-        experts.register_parameter(name, None)  # the network has no such bias
+        experts.register_parameter(name, None)  # the network does not have this bias
     with device:
         gate = make_gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=shared_expert, **coefs)
@@ -495,7 +496,7 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
     frozen.
     """
     e, h = experts.num_experts, experts.hidden_dim
-    for name, _ in list(experts.named_parameters(recurse=False)):  # exclude the shared activation
+    for name, _ in list(experts.named_parameters(recurse=False)):  # excludes parameters of the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
         if name in ("w2", "b2"):  # every slice includes b2
             stack *= (g if name == "w2" else 1) / total

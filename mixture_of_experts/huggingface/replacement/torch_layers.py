@@ -66,7 +66,7 @@ def disable_fused_path(model: nn.Module) -> None:
     submodules in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not has_dense_ffn(module):
-            module.activation_relu_or_gelu = 0  # torch's marker for activations that the operator does not support
+            module.activation_relu_or_gelu = 0  # marks the activation as unsupported by the fused operator
         if isinstance(module, nn.TransformerEncoder) and not all(map(has_dense_ffn, module.layers)):
             module.use_nested_tensor = False
 

@@ -40,7 +40,7 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
             f"{type(gate).__name__} uses expert choice, so a token may have no expert; use a token-choice gate, "
             f"{others}"
         )
-    cells = routing.combine_tensor().sum(dim=-1).double().view(1024, -1, g)  # tokens, copies, slices
+    cells = routing.combine_tensor().sum(dim=-1).double().view(1024, -1, g)  # dimensions: tokens, copies, slices
     totals = cells.sum(dim=1) * g
     total = totals.mean().item()
     if not total > 0 or (totals / total - 1).abs().max() > 1e-3:

@@ -27,7 +27,7 @@ from mixture_of_experts.huggingface.feed_forward import find_layers
 from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, describe_layers
 
 MODEL_TYPE = "mixture_of_experts"  # value of `model_type` and `quant_method`
-LAYERS_KEY = "mixture_of_experts"  # configuration attribute that lists a model's layers with experts
+LAYERS_KEY = "mixture_of_experts"  # configuration attribute that describes a model's layers with experts
 DENSE_CONFIG_KEY = "dense_config"
 UNSTACKED_FORM = {"class": "UnstackedExperts"}  # the entry that describes unstacked experts
 
@@ -60,7 +60,7 @@ class ExpertsConfigMixin:
         return {**found, LAYERS_KEY: read_layer_entries(self)} if LAYERS_KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        # the file of a quantized model would lack the layers
+        # the saved configuration of a quantized model would not describe the layers
         if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:
             raise ValueError(
                 f"a quantized model with experts ({type(self.quantization_config).__name__}) cannot be saved; save the "
@@ -140,7 +140,7 @@ def store_layers_in_config(model: nn.Module) -> None:
     for layer in layers.values():
         if layer.record is None or layer.record.layer() is not layer:
             layer.record = LayerRecord(layer)
-    model.name_or_path = ""  # PEFT would record that folder as the base model of adapters
+    model.name_or_path = ""  # otherwise, PEFT would record this name as the adapters' base model
     copies: dict[int, Any] = {}
     if model.base_model is model:
         copies[id(config)] = config

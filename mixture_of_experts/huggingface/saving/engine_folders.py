@@ -22,14 +22,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-Config = Mapping[str, Any]  # the contents of a config.json
+Config = Mapping[str, Any]  # the contents of a config.json file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",  # llama.cpp's converter needs it for a SentencePiece tokenizer
+    "tokenizer.model",  # llama.cpp's converter needs this file for SentencePiece tokenizers
     "spiece.model",
     "vocab.json",
     "vocab.txt",
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-EXPERT_COUNTS = ("num_experts", "num_local_experts")  # alternative names of the same entry
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # alternative names for the same configuration entry
 
 
 class EngineFault(NamedTuple):
@@ -76,7 +76,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "mlx-lm",
-        ("mixtral", "qwen3_moe"),  # the Qwen2-MoE of mlx-lm raises an error
+        ("mixtral", "qwen3_moe"),  # mlx-lm raises an error for Qwen2-MoE
         lambda config: find_rope_type(config) != "default",
         "it does not scale the rotary embeddings of Mixtral and Qwen3-MoE (rope_type)",
     ),
@@ -100,7 +100,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "llama.cpp and mlx-lm",
-        ("qwen2_moe",),  # vLLM raises an error for the shared expert of Qwen2-MoE
+        ("qwen2_moe",),  # vLLM raises an error for Qwen2-MoE's shared expert
         lambda config: config.get("hidden_act", "silu") != "silu",
         "they compute SiLU in every expert (hidden_act)",
     ),
@@ -118,7 +118,7 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     """Return the entries that engines look for but that are missing from the configuration. `aliases` maps alternative
     entry names to the current names."""
     rope, entries = config.get("rope_parameters"), {}
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same value
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same rope_theta
         entries["rope_theta"] = rope["rope_theta"]
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -141,7 +141,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= find_engine_entries(config, aliases)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # with files of two tokenizers in one folder, an engine could read the wrong one
+    # if the folder contained the files of two tokenizers, an engine could read the wrong one
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     for name in TOKENIZER_FILES if source and not has_tokenizer else ():
         if (found := find_file(source, name)) is not None:
@@ -161,7 +161,7 @@ def find_file(source: str, name: str) -> Path | None:
     else:
         try:
             found = try_to_load_from_cache(source, name)
-        except HFValidationError:  # the folder no longer exists
+        except HFValidationError:  # `source` is a folder that no longer exists
             found = None
     return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
 

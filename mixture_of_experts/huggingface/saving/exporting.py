@@ -40,9 +40,10 @@ class ExportTarget(NamedTuple):
     """A family of `transformers` MoE models, and the features that it supports."""
 
     prefix: str  # prefix of the family's class names
-    dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
+    # prefixes of the dense families that differ from this family only in the experts
+    dense_prefixes: tuple[str, ...]
     needs_all_layers: bool = False  # whether every layer must have experts
-    has_shared_expert: bool = False  # whether each layer has a shared expert
+    has_shared_expert: bool = False  # whether every layer has a shared expert
     has_sliding_window: bool = False  # whether the family supports the sliding-window attention of the dense families
     hidden_dim_key: str = "moe_intermediate_size"
     settings: tuple[tuple[str, Any], ...] = ()  # additional settings of the family's configuration
@@ -66,10 +67,11 @@ EXPORT_TARGETS = (
     ),
 )
 
-# hidden dimension of the all-zero shared expert for layers without one; llama.cpp quantizes weights in blocks of 32
+# hidden dimension of the all-zero shared expert that is added to layers without one; llama.cpp quantizes weights in
+# blocks of 32
 NO_SHARED_EXPERT_DIM = 32
 
-# biases that are zero in an exported model if the dense model has none
+# biases that are exported as zeros if the dense model does not have them
 OPTIONAL_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 # settings that do not affect the computation or are handled here
@@ -213,7 +215,8 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     slides = target.has_sliding_window and "sliding_window" in defaults
     if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
         yield "sliding attention"
-    for name, default in defaults.items():  # names unknown to the dense class are additional settings
+    # skip additional settings, which the dense class does not define
+    for name, default in defaults.items():
         if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
     own, theirs, paths = model.state_dict().keys(), stock.state_dict().keys(), tuple(f"{path}." for path in layers)
@@ -266,7 +269,7 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
     if type(moe.gate) is TopKGating:
         gate = like.gate = copy.copy(moe.gate)
         gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
-        gate.min_expert_capacity = 4  # use the default, which matters only in training
+        gate.min_expert_capacity = 4  # the default, because the value matters only during training
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
         w = next(moe.experts.parameters(), next(moe.parameters()))  # quantized experts have no parameters
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
@@ -276,7 +279,7 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
             for weight in shared.parameters():
                 weight.zero_()
         gate.weight.copy_(make_half_open_gate(gate.weight))
-        shared.down_proj.weight.mul_(2)  # compensates for the sigmoid of its gate, which is 1/2
+        shared.down_proj.weight.mul_(2)  # compensates for the shared expert's gate, whose sigmoid is 1/2
         like.shared_expert = GatedSharedExpert(shared, gate)
     return like
 

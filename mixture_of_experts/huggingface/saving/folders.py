@@ -133,7 +133,8 @@ def rewrite_folder(
             model.get_submodule(path).to("meta")
         tied = model.all_tied_weights_keys
         kept = [name for name in model.state_dict() if not name.startswith(changed) and name not in tied]
-        for _, names in groupby(kept, key=find_block_prefix):  # one block at a time, because `read` may copy
+        # convert one block at a time, because `read` may return copies
+        for _, names in groupby(kept, key=find_block_prefix):
             shards.add_weights(convert_to_saved(model, {name: read(name) for name in names}))
         shards.close()
         for file in source.iterdir():
@@ -145,7 +146,7 @@ def rewrite_folder(
             model.config.save_pretrained(folder)
             if finish is not None:
                 finish(folder)
-        folder.chmod(0o755)  # temporary folders are private to their owner
+        folder.chmod(0o755)  # temporary folders are accessible only to their owner
         folder.rename(target)
 
 
@@ -162,7 +163,7 @@ def naming_unwritable_file(path: Path) -> Iterator[None]:
     target file and suggests a remedy."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
+    except (OSError, SafetensorError) as error:  # SafetensorError is not an OSError
         raise OSError(
             f"cannot write {path} ({error}); free up disk space, or choose a target on another disk. The unfinished "
             "target was removed"

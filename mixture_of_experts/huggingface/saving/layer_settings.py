@@ -29,8 +29,9 @@ GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
 GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
 ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under other names
-OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if this tensor exists
-#: arguments that an entry describes elsewhere, or that are specific to a run and not saved
+# arguments that are True if the gate has the corresponding tensor
+OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}
+#: arguments that an entry describes elsewhere, and run-specific arguments that are not saved
 EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
 FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate passes to its base class
 JSON_TYPES = (bool, int, float, str, type(None))
@@ -48,7 +49,7 @@ class LayerRecord:
     layer: Callable[[], MoEFeedForward | None] | None = None
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        #: settings of a layer immediately after it is built from its description
+        #: settings of a layer when it was built from its description, before any changes
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
@@ -108,7 +109,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
         if get_original_class(named_module.module).__name__ in EXPERT_FORMS
     }
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
-    if isinstance(feed_forward, SparseFeedForward):  # the stock model determines the rest
+    if isinstance(feed_forward, SparseFeedForward):  # the stock model determines all other settings
         balance_over = getattr(gate, "balance_over", "batch")
         return {"block": feed_forward.block, "balance_over": balance_over, "forms": forms, **coefs}
     return {
@@ -206,7 +207,7 @@ def check_share(name: str, value: Any) -> float:
     return value
 
 
-#: checks for settings that modules do not check themselves
+#: checks for settings that modules do not validate
 SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
 
 

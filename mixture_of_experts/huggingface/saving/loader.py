@@ -26,7 +26,8 @@ from mixture_of_experts.huggingface.saving.shards import check_float, check_shar
 from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would store these as settings
+# arguments that a configuration would otherwise store as settings
+NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
 @register_quantization_config(MODEL_TYPE)
@@ -38,7 +39,7 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
     layers: Any = ()
     gate: GateFactory | None = None
     adapters: Mapping[str, Adapter] | None = None
-    repack: bool = True  # whether to rearrange 4-bit weights to this machine's layout in memory
+    repack: bool = True  # whether to repack 4-bit weights in memory for this machine
 
 
 @register_quantizer(MODEL_TYPE)
@@ -51,7 +52,7 @@ class ExpertsLoader(HfQuantizer):
     ) -> None:
         check_shards(model.config.name_or_path, checkpoint_files or ())
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # the module's configuration may be a copy
+            if isinstance(module, PreTrainedModel):  # a submodule may have its own copy of the configuration
                 vars(module.config).pop("quantization_config", None)
         loader_config: Any = self.quantization_config
         insert_experts(model, loader_config.layers, loader_config.gate, loader_config.adapters)
@@ -122,7 +123,8 @@ def from_pretrained(
             "quantization_config is not supported; load the model, and then quantize it, for example with torchao's "
             "quantize_"
         )
-    settings.setdefault("trust_remote_code", False)  # None would make transformers prompt on standard input
+    # with None, transformers would prompt on standard input
+    settings.setdefault("trust_remote_code", False)
     config = settings.pop("config", None)
     if config is None:
         of_hub, trusted = (

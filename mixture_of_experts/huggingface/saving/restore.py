@@ -142,7 +142,7 @@ def finish_loading(model: Any, repack: bool = True) -> None:
             module.repack()
         if isinstance(module, Replaced):
             for weight in module.buffers(recurse=False):
-                weight.zero_()  # the weight may be uninitialized memory
+                weight.zero_()  # the buffer may contain uninitialized memory
     set_gate_process_groups(model)
 
 

@@ -110,7 +110,7 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
     names = {path.name for path in paths}
     for index in sorted(paths[0].parent.glob("*.safetensors.index.json")) if paths else []:
         weight_map = read_index(index)
-        if {*weight_map.values()} == names:  # this is the index that transformers reads
+        if {*weight_map.values()} == names:  # transformers reads this index
             for path in paths:
                 check_shard(path, weight_map)
 

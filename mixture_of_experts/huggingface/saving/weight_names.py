@@ -42,11 +42,12 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
     model's name.
     """
     layers, weights = tuple(f"{name}." for name in find_layers(model)), list(model.state_dict())
-    # three dimensions, because saving may concatenate weights along any of them
+    # placeholders have three dimensions, because saving may concatenate weights along any of them
     numbers = {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)}
     files = own_names(model, numbers)
     files |= map_to_file_names(model, {name: number for name, number in numbers.items() if name.startswith(layers)})
-    placeholders = {file: f"\0{number.item()}" for file, number in files.items()}  # names that no renaming matches
+    # placeholder names, which no renaming matches
+    placeholders = {file: f"\0{number.item()}" for file, number in files.items()}
     names = {f"\0{number}": name for number, name in enumerate(weights)}
     return [
         FunctionRenaming(lambda name: placeholders.get(name, name)),

@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 # `python -m experiments.cpu_constants` times steps with other values of these constants
 PADDING_WORK = 1 << 18  # number of padding multiplications that take as long as one additional product
-# multiplier of PADDING_WORK for several threads, which split the product of a single expert badly
+# multiplier of PADDING_WORK for multiple threads, which parallelize the product of a single expert poorly
 THREADED_PADDING_FACTOR = 32
-MAX_PADDING_ROWS = 32  # maximum padding in a batch of small products, because empty rows are also moved and activated
-FREE_PADDING_ROWS = 2  # padding rows per expert whose cost is negligible compared to reading its weights
-MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activations), so that it stays in the caches
+# maximum number of padding rows in a batch of small products, because padding is also moved and activated
+MAX_PADDING_ROWS = 32
+# padding rows per expert whose cost is negligible compared to that of reading the expert's weights
+FREE_PADDING_ROWS = 2
+# maximum size of a thread's chunk (tokens and pre-activations), so that it fits into the caches
+MAX_CHUNK_BYTES = 4 << 20
 
 
 class ExpertBatch(NamedTuple):

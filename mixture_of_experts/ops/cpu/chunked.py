@@ -48,7 +48,8 @@ def run(call: Call, row_functions: row_network.RowFunctions = row_network, block
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
-    make_layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # use SlotLayout for 0 rows
+    # use SlotLayout if there are no rows
+    make_layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout
     pair = (
         partial(row_network.forward_rows, make_layout, row_functions),
         partial(row_network.backward_rows, make_layout, row_functions),
@@ -204,9 +205,8 @@ class ChunkLayout(row_network.RowLayout):
         permutation = self.permutation
         if permutation.k is None:
             return super().combine_rows()
-        weight = permutation.weight.detach().view(
-            permutation.num_tokens, permutation.k
-        )  # otherwise, `embedding_bag` prepares a backward pass
+        # detached, because `embedding_bag` would otherwise prepare a backward pass
+        weight = permutation.weight.detach().view(permutation.num_tokens, permutation.k)
         row = permutation.row.view(weight.shape)
         if self.row_outputs.dtype != weight.dtype:
             return sum_rows(

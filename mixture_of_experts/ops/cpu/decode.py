@@ -25,8 +25,8 @@ from mixture_of_experts.ops.network import Call, Network
 
 RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row of `(r, p)` by its expert's weight in `(e, p, q)`
 MAX_DECODE_ROWS = 32  # maximum number of rows per call
-MAX_ROW_SUM_TOKENS = 4  # above this, tokens share experts, and a product is faster than row sums
-MIN_ROW_SUM_NUMEL = 1 << 16  # for smaller expert weights, a product is faster than row sums
+MAX_ROW_SUM_TOKENS = 4  # more tokens share experts, so that a product is faster than row sums
+MIN_ROW_SUM_NUMEL = 1 << 16  # with smaller expert weights, a product is faster than row sums
 ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 

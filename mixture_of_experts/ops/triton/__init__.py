@@ -28,7 +28,8 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZE_MULTIPLE = 16  # dimensions must be multiples of this, because unaligned loads are slow and use more registers
+# dimensions must be multiples of this value, because unaligned loads are slow and use more registers
+SIZE_MULTIPLE = 16
 MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows fit into int32
 
 
@@ -127,7 +128,7 @@ def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | N
         return "the kernels require that all input weights have biases, or none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
-        # upper bound of the distance between the first and the last element
+        # upper bound on the distance between the first and last elements
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % SIZE_MULTIPLE for size in sizes):
             return f"the kernels require dimensions that are multiples of {SIZE_MULTIPLE}, got {tuple(sizes)}"

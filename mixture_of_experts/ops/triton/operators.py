@@ -33,7 +33,8 @@ from mixture_of_experts.ops.triton.schedule import (
 from mixture_of_experts.support.private_torch import is_fake_tensor
 
 NO_ACTIVATION = NetworkSpec("plain", "identity")
-MAX_KERNEL_ROWS = (1 << 31) - 256  # indices may exceed the last row by two blocks of 128 rows, and must fit into int32
+# indices must fit into int32, and may exceed the last row by two blocks of 128 rows
+MAX_KERNEL_ROWS = (1 << 31) - 256
 
 
 class FFNOperands(NamedTuple):
@@ -78,7 +79,7 @@ class FFNOperands(NamedTuple):
         """Return the operands with the alignment used in the self-check. Other alignments would run programs that it
         does not check."""
         w_in = [make_dense(weight) for weight in self.w_in]
-        if len({weight.stride() for weight in w_in}) > 1:  # kernels require the same strides for both
+        if len({weight.stride() for weight in w_in}) > 1:  # the kernels require both weights to have the same strides
             w_in = [weight.contiguous() for weight in w_in]
         b_in, b_out = ([align_tensor(bias) for bias in biases] for biases in (self.b_in, self.b_out))
         tables, weights = map(align_tensor, self[:6]), (w_in, make_dense(self.w_out), b_in, b_out)
@@ -182,7 +183,7 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         launch_weight_grads(schedule.weight_grads, tiles, token, hidden, [grad], [grads.w_out], of_inputs=False)
         for bias in grads.b_out:
             launch_bias_grads(tiles, grad, bias, given)
-    del hidden  # frees its memory for `grad_rows`
+    del hidden  # frees memory for `grad_rows`
     if need_in:
         launch_weight_grads(schedule.weight_grads, tiles, token, given.x, list(grad_pre), grads.w_in, of_inputs=True)
         for part, bias in zip(grad_pre, grads.b_in, strict=False):

@@ -129,7 +129,8 @@ def triton_plan(
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)
     tables = allocate_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
-    if slot is not None:  # custom gates may choose experts for slots without a token; their rows are unused
+    # custom gates may choose experts for slots without a token; the rows of these slots are unused
+    if slot is not None:
         tables.assignment.fill_(number)
         tables.token.fill_(number // k)
     if number == 0:

@@ -16,8 +16,8 @@ from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
-MAX_LOW_MEAN_ROWS = 16  # maximum mean row count per expert for tiles of 16 or 32 rows
-TILES_PER_PROGRAM = 32  # number of tiles that each program writes to the table
+MAX_LOW_MEAN_ROWS = 16  # maximum mean number of rows per expert for tiles of 16 or 32 rows
+TILES_PER_PROGRAM = 32  # number of tiles that each program writes to the tile table
 MAX_COMPARED_ASSIGNMENTS = 2048  # maximum number of assignments that a kernel compares pairwise
 
 
@@ -88,16 +88,16 @@ _LOW_MMA = (*_lower, _highest._replace(up=BlockSizes(128, 64, 8, 3)))
 _LOW_GROUPS = _make_low_entries(_GROUPS, 4.2, 2.3, 1.35)
 _SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 
-#: entries for bfloat16 and float16, by family of cards
+#: schedule entries for bfloat16 and float16, keyed by card family
 HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (8, 0): (*_LOW_MMA, _make_half_entry(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
-    # 227 KB; products use warp groups
+    # 227 KB of shared memory; products use warp groups
     (9, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
     (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
-#: entries for float32, which all cards share
+#: schedule entries for float32 on all cards
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),
@@ -117,7 +117,7 @@ def _make_uniform_entry(rows: int, cost: float, blocks: BlockSizes, weights: Wei
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-#: entries for Triton's interpreter, with blocks so small that a one-second call has several tiles and blocks
+#: entries for Triton's interpreter; their blocks are small, so that a one-second call has several tiles and blocks
 INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
     _make_uniform_entry(16, 1.5, BlockSizes(32, 16, 1, 1), WeightBlockSizes(16, 32, 16, 1, 1)),
     _make_uniform_entry(32, 1.0, BlockSizes(64, 16, 1, 1), WeightBlockSizes(32, 32, 32, 1, 1)),

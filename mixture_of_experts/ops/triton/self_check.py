@@ -32,9 +32,10 @@ from mixture_of_experts.ops.triton.schedule import TILES_PER_PROGRAM, Schedule, 
 from mixture_of_experts.support.private_torch import assume_constant_result
 
 INT32_ELEMENTS = 1 << 31  # number of elements that int32 can index
-MIN_ROWS, MIN_DIM = 512, 704  # minimum size of the generated call; `CallKind.sizes` is added to MIN_DIM
-BUSIEST_EXPERT_SHARE = 0.6  # the first expert's share of rows, which makes sums over its rows long
-NUM_REPEATS = 3  # number of times the kernels compute the call
+# minimum row count and dimension of the generated call; `CallKind.sizes` is added to MIN_DIM
+MIN_ROWS, MIN_DIM = 512, 704
+BUSIEST_EXPERT_SHARE = 0.6  # the first expert's share of the rows; it is large, so that sums over its rows are long
+NUM_REPEATS = 3  # number of times that the kernels compute the call
 #: maximum relative error of a row, compared with the batched implementation in float32
 MAX_ROW_ERRORS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 
@@ -75,10 +76,11 @@ class CallKind(NamedTuple):
     far: bool = False
 
 
-EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # runs for each kind and schedule entry
+# runs separately for each kind of call and schedule entry
+EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")
 
 
-@assume_constant_result  # runs during tracing, and is not traced
+@assume_constant_result  # runs during tracing without being traced itself
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """Check the kernels for one kind of call, with a mean of `mean_rows` rows per expert (None for any number).
 
