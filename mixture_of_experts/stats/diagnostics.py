@@ -13,7 +13,7 @@ from mixture_of_experts.stats.record import Record
 WARN_DROPPED_ABOVE = 0.1  # warn if the fraction of avoidable drops exceeds this value
 WARN_LOAD_ABOVE = 2.0  # warn if an expert's load in late steps, relative to a balanced load, exceeds this value
 BIAS_REMEDY = "update its expert bias with balance_experts, or increase the rate if you already do"
-WARN_LOAD_BELOW = 0.1  # warn if the load is below this value
+WARN_LOAD_BELOW = 0.1  # warn if this relative load is below this value
 MAX_LISTED_EXPERTS = 12  # maximum number of experts that a warning lists
 
 StepRows = tuple[int, Tensor]  # step number, and the rows of the step's forward passes
@@ -62,7 +62,7 @@ def diagnose_gate(
             "factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    # exceeds what chance explains if there are few choices
+    # the margin allows for random fluctuations if there are few choices
     if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
@@ -72,7 +72,7 @@ def diagnose_gate(
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Return a bool mask, shaped like the load, of the experts that compute some tokens, but far fewer than chance can
+    """Return a bool mask in the load's shape. It marks experts that compute some tokens, but far fewer than chance can
     explain."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())

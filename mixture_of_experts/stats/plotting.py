@@ -1,9 +1,9 @@
-"""Plots the decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
+"""Plots the routing decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
 
 The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). The colormap is
 colorblind-safe and print-friendly.
 
-Axes: e (experts, in outer-major order on a second level), s (steps).
+Axes: e (experts, in outer-major order on the second level of a hierarchy), s (steps).
 """
 
 from __future__ import annotations

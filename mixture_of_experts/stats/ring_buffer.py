@@ -48,11 +48,10 @@ class ForwardCounter(ForwardWatch):
     when: str
     buffers: list[GateRingBuffer] = field(default_factory=list)
     was_called: bool = False
-    thread_id: int = field(default_factory=threading.get_ident)  # id of the thread that entered the context
+    thread_id: int = field(default_factory=threading.get_ident)  # ID of the thread that entered the context
 
     def stop_recording(self) -> None:
-        """Stop recording. A compiled graph keeps its hooks, but it is recompiled because `when` is one of its
-        guards."""
+        """Stop recording. A compiled graph keeps its hooks, but is recompiled because it guards on `when`."""
         self.when = "never"
 
     def is_recorded(self, module: nn.Module) -> bool:
@@ -80,10 +79,10 @@ class ForwardCounter(ForwardWatch):
 
 
 class PartForwards(ForwardWatch):
-    """Records forward passes of a submodule that run outside the tracked model's forward, such as when `generate` calls
+    """Records forward passes of a submodule outside the tracked model's forward pass, for example when `generate` calls
     `model.encoder`.
 
-    Within a forward pass of the tracked model, the submodule's forward belongs to that pass.
+    While the tracked model's forward pass is running, the submodule's forward pass counts as part of it.
     """
 
     def __init__(self, forwards: ForwardCounter) -> None:
@@ -164,7 +163,7 @@ class GateRingBuffer:
                     f"{self.name!r} ran outside a forward pass of the module passed to track_routing; pass the module "
                     "that you actually call"
                 )
-            return  # a recomputation, or a forward pass that another thread started before the context
+            return  # a recomputation, or a forward pass that another thread started before the context was entered
         # a graph cannot read the tensors of `call`, because `call` was created outside of the graph
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
@@ -184,14 +183,14 @@ class GateRingBuffer:
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
         numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
-        rows = rows[numbers.argsort(stable=True)]  # threads write their rows in any order
+        rows = rows[numbers.argsort(stable=True)]  # threads may write their rows in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
         # once rows have been overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """Combine several steps into one record, which has the number of the first step."""
+        """Combine several steps into one record, numbered after the first step."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

@@ -1,4 +1,4 @@
-"""Collects the auxiliary losses of layers inside a model that does not return them."""
+"""Collects auxiliary losses from the layers of models that do not return them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
     forward passes since the last `take()`. Evaluation passes and passes that raised an error are not counted.
 
     Losses are collected only from forward passes in the thread that entered the context. Other threads may enter their
-    own contexts, or run the model while the context is being entered. With `torch.compile`, enter the context before
-    the first compiled call and keep it active for the whole run, so that a single graph serves all steps.
+    own contexts, and may run the model while this context is being entered. With `torch.compile`, enter the context
+    before the first compiled call and keep it active for the whole run, so that a single graph serves all steps.
 
     Args:
         model: the module that you call.
-        gates: the gates whose layers' losses are collected, as gate names, gate modules, or layers that contain gates.
+        gates: which layers' losses to collect, specified as gate names, gate modules, or layers that contain gates.
             Default: all.
 
     Raises:
@@ -44,8 +44,8 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
         TypeError: a gate does not belong to an `MoE` or `HeirarchicalMoE` layer, because it is a standalone gate or a
             router from another library.
         RuntimeError: a forward pass would yield wrong losses, because a layer is called outside of `model` or runs
-            under reentrant checkpointing. For checkpointing implementations other than torch's, the error is raised in
-            the backward pass.
+            under reentrant checkpointing. With checkpointing implementations other than PyTorch's, the error is raised
+            during the backward pass.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router's auxiliary loss cannot be collected, or None if it can."""
+    """Return the reason why a router's auxiliary loss cannot be collected, or None if it can."""
     if router.external is not None:
         return f"its block returns no auxiliary loss; {router.external.aux_loss_remedy}"
     alone = all(location.layer is None for location in router.locations)
@@ -81,7 +81,7 @@ class AuxCall(ForwardCall):
     """An ongoing forward pass of the model that was passed to `collect_aux`."""
 
     training: bool
-    enclosing_call: AuxCall | None  # the enclosing forward pass of the same model
+    enclosing_call: AuxCall | None  # set if this pass runs inside another pass of the same model
     losses: list[Tensor] = field(default_factory=list)
 
 
@@ -98,7 +98,7 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._evaluation: list[Tensor] = []  # losses of the last forward pass
+        self._evaluation: list[Tensor] = []  # losses of the last evaluation pass
 
     def take(self) -> Tensor:
         """Return the sum of all layers' auxiliary losses over all training passes since the last call, as a 0-dim
@@ -121,12 +121,12 @@ class AuxLosses:
 
 
 class AuxLossCollector(ForwardWatch):
-    """Collects the losses of layers into `aux` during forward passes of the model."""
+    """Stores the layers' losses in `aux` during the model's forward passes."""
 
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # set in the last training forward pass
+        self.layers_without_grad: set[nn.Module] = set()  # layers whose last training pass had no gradients
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))
@@ -168,8 +168,8 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise a RuntimeError under reentrant checkpointing, because its first run disables gradients and the loss would
-    have no gradient.
+    """Raise a RuntimeError if `layer` runs under reentrant checkpointing. The first forward pass is then run without
+    gradients, so the auxiliary loss would not receive any.
 
     Args:
         is_checkpointed: whether the layer is known to run under any implementation of activation checkpointing.

@@ -1,6 +1,6 @@
-"""Finds the routers in a model: gates of this package, and routers from other libraries that providers describe.
+"""Finds the routers in a model: this package's gates, and routers from other libraries if a provider describes them.
 
-All features that act on whole models use this file to find routers. Modules are also found inside the wrappers of
+All features that act on whole models use this module to find routers. Modules are also found inside the wrappers of
 `torch.compile`, activation checkpointing, adapters, DDP, FSDP2 and parametrizations.
 """
 
@@ -20,14 +20,14 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 
-GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
+GateSelection = Iterable["str | nn.Module"]  # router names, gates or layers
 
 
 class RouterLocation(NamedTuple):
     """The location of a gate in a model."""
 
-    name: str  # path without wrappers
-    layer: nn.Module | None = None  # the layer or external block that calls it; None for a standalone gate
+    name: str  # path in the model, excluding wrappers
+    layer: nn.Module | None = None  # the layer or external block that calls the gate; None for a standalone gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ class RouterHandle:
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
-    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
-    level_one: RouterHandle | None = None  #: at level two, the router of level one
-    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it belongs to another library
+    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights; each index has its own router
+    level_one: RouterHandle | None = None  #: the level-one router, if this is a level-two router
+    external: ExternalRouter | None = field(default=None, repr=False)  #: settings of a router from another library
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
     Args:
         model: the model to search.
         feature: the name of the calling function, which appears in error messages.
-        gates: the routers to select, as names, gates, or layers that contain gates. Default: all.
+        gates: the routers to select, specified as names, gates, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no router, or an element of `gates` is not one of its routers.
@@ -117,7 +117,7 @@ def check_supported(
     """Return `routers` if a feature supports all of them, or raise a TypeError otherwise.
 
     Args:
-        unsupported_reason: a function that returns why a router is not supported, or None if it is.
+        unsupported_reason: a function that returns the reason why a router is not supported, or None if it is.
     """
     reasons = {router: reason for router in routers if (reason := unsupported_reason(router)) is not None}
     if reasons:
@@ -160,14 +160,14 @@ def matches_selector(router: RouterHandle, selector: Any) -> bool:
 class NamedModule(NamedTuple):
     """A module and one of its paths in the model."""
 
-    name: str  # path without wrappers
+    name: str  # path in the model, excluding wrappers
     outermost: nn.Module  # the outermost wrapper or the module itself
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]  # modules that contain it, outermost first
+    ancestors: tuple[nn.Module, ...]  # enclosing modules, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the
-        module itself."""
+        """Return a handle for the router that `layer` calls and that is located at `path` below this module. An empty
+        path refers to the module itself."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = find_enclosing_model((*self.ancestors, self.outermost))
@@ -191,8 +191,8 @@ def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
-    """Yield the routers that belong to a module: the routers of its parts if it is a layer or block, or the module
-    itself if it is a gate."""
+    """Yield a module's routers: the routers it calls if it is a layer or block, or the module itself if it is a
+    gate."""
     module: Any = entry.module
     if isinstance(module, HeirarchicalMoE):
         outer = module.num_experts_outer
@@ -210,7 +210,7 @@ def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) ->
 
 
 def merge_handles(first: RouterHandle, second: RouterHandle) -> RouterHandle:
-    """Merge two handles of a gate that has several locations."""
+    """Merge two handles for a gate that has several locations."""
     called = first.hook_target if first.hook_target is second.hook_target else first.gate
     locations = [each for each in dict.fromkeys((*first.locations, *second.locations)) if each.layer is not None]
     return replace(
