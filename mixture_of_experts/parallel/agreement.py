@@ -20,7 +20,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
 
     Args:
         describe: a function that returns the values that must be equal on all ranks, keyed by name.
-        mesh: a 1-D mesh of the ranks.
+        mesh: a 1-D mesh of the ranks to compare.
     """
     description, problem = {}, None
     try:

@@ -1,4 +1,4 @@
-"""Defines a version of `parallelize_module` that checks on all ranks that every plan key matches a submodule."""
+"""Defines a version of `parallelize_module` that checks whether every plan key matches a submodule on all ranks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def parallelize_module(
         src_data_rank: the mesh rank whose parameters are sent to all ranks, or None to keep each rank's own parameters.
 
     Raises:
-        ValueError: a plan key does not match any submodule, or a layer cannot be sharded. The message names the key or
-            layer.
+        ValueError: a plan key does not match any submodule, or a layer cannot be sharded. The error message names the
+            key or layer.
     """
     plan = parallelize_plan if isinstance(parallelize_plan, dict) else {"": parallelize_plan}
     check_mesh(device_mesh)
