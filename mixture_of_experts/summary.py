@@ -34,12 +34,12 @@ class Cost(NamedTuple):
     """Parameter and operation counts of a model or one of its layers.
 
     Attributes:
-        parameters: total number of parameters, where shared parameters are counted once.
+        parameters: total number of parameters, counting shared parameters once.
         active: number of parameters that each token uses, which is k / e of the experts' parameters plus all other
             parameters. If layers share experts, the largest k is used.
         flops: floating-point operations in one token's forward pass. Each element of a weight matrix that multiplies
-            the token counts as two operations. The backward pass takes twice as many. Convolutions and products between
-            tokens (attention) are not counted.
+            the token counts as two operations. The backward pass takes twice as many operations. Convolutions and
+            products between tokens (attention) are not counted.
         at_most: whether `active` and `flops` are upper bounds, because the scores determine how many of the k choices a
             token uses. This applies to `TopPGating` and to the second choice of `Top2Gating`.
     """
@@ -151,8 +151,8 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
 
 
 def choices_per_token(site: RouterHandle) -> float:
-    """Return the mean number of experts that a gate chooses per token if the gate provides it, otherwise the
-    maximum."""
+    """Return the mean number of experts that a gate chooses per token if the gate provides it, or the maximum number
+    otherwise."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
@@ -196,7 +196,7 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
 
 
 def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return a module's direct children and whether each is used in its computation."""
+    """Return a module's direct children and whether its computation uses each of them."""
     found = ask_providers(module, lambda provider: provider.list_children(module))
     return [(child, True) for child in module.children()] if found is None else found
 

@@ -61,7 +61,7 @@ class UnstackedExperts(ExpertList):
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
         super().__init__(experts, dim_out=empty.dim_out)
         self.hidden_dim: int = empty.hidden_dim
-        self.__dict__["empty"] = empty  # not a submodule: it has nothing to save, train or move
+        self.__dict__["empty"] = empty  # not registered as a submodule, because it has nothing to save, train or move
 
 
 def unstack(model: ModelT) -> ModelT:
@@ -78,7 +78,8 @@ def unstack(model: ModelT) -> ModelT:
         ValueError: if the model has no stacked experts or consists only of them, or if experts are compiled separately,
             have adapters, or have state-dict hooks.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
-            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
+            experts have a custom `forward` or `compute` method, whether defined in their class or assigned to the
+            module.
 
     Example:
         >>> import torch
@@ -158,7 +159,7 @@ def replace_modules(
 
 def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     """Raise an error if replacing a module would discard anything attached to its weights, or a custom `forward` or
-    `compute`, defined in its class or assigned to the module."""
+    `compute` method, whether defined in its class or assigned to the module."""
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
