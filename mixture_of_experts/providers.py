@@ -85,7 +85,7 @@ class ExternalRouter:
             )
 
     def check_rule(self, rule: Any, name: str) -> None:
-        """Raise ValueError if an expert-bias rule does not support the router `name`."""
+        """Raise a ValueError if an expert-bias rule does not support the router named `name`."""
         if rule.reads_scores:
             raise ValueError(
                 f"{rule!r} reads scores, which the router {name!r} does not return; use rule='sign', or {self.remedy}"

@@ -93,7 +93,7 @@ def summary(model: nn.Module) -> Summary:
     layers' dimensions, not on their implementation. Models of any size can be counted on the meta device.
 
     Args:
-        model: a model with any number of `MoE` layers, `HeirarchicalMoE` layers, and sparse blocks from libraries that
+        model: a model, which may contain `MoE` layers, `HeirarchicalMoE` layers, and sparse blocks from libraries that
             have a provider.
 
     Raises:

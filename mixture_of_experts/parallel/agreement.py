@@ -14,7 +14,7 @@ MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences listed in an error
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """Raise an error on all ranks if `describe` fails on any rank or its results differ between ranks.
+    """Raise an error on all ranks if `describe` fails on any rank or if the results differ between ranks.
 
     The check requires one collective.
 

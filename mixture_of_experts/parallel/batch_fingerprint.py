@@ -39,15 +39,15 @@ def count_local_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
 
 
 def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return a fingerprint of this rank's batch, which consists of two integers. The first identifies the ranks that
-    share the batch, and the second is a checksum of the counts."""
+    """Return a two-integer fingerprint of this rank's batch. The first identifies the ranks that share the batch, and
+    the second is a checksum of the counts."""
     first = dist.get_process_group_ranks(mesh.get_group())[0]
     factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
 
 
 def check_fingerprints(fingerprints: list[list[int]]) -> None:
-    """Check that all ranks that share a batch have the same fingerprint of choices. A batch ID of 0 means that the
+    """Raise a ValueError if ranks that share a batch chose different experts for it. A batch ID of 0 means that the
     batch is not shared."""
     chosen: dict[int, int] = {}
     for batch, choices in fingerprints:

@@ -65,8 +65,8 @@ class Channel(NamedTuple):
     def compute_remotely(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
-        """Send the rows `x`, compute the received rows, and send the results back. The backward pass exchanges
-        gradients in the same way."""
+        """Send the rows `x`, apply `compute` to the received rows, and send the results back. The backward pass
+        exchanges gradients in the same way."""
         result = compute(_AllToAll.apply(x, send, receive, self))
         return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
@@ -188,7 +188,7 @@ def exchange_counts(
     Every rank receives all descriptions, so every rank raises a ValueError if they differ.
 
     Returns:
-        Two lists of length p with the number of rows to send to each rank and to receive from each rank, and a tensor
+        The number of rows to send to each rank and the number to receive from it, as lists of length p, and a tensor
         `(p, l)` with the number of rows that each rank sends to each of this rank's experts.
     """
     ranks = channel.size

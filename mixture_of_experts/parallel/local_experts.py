@@ -65,7 +65,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """Context manager that makes a module hold this rank's part of its tensors and report local expert counts."""
+    """Context manager in which a module holds this rank's part of its tensors and reports local expert counts."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:

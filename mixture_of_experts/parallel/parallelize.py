@@ -29,7 +29,7 @@ def parallelize_module(
     Args:
         module: the model to modify in place.
         device_mesh: a 1-D mesh.
-        parallelize_plan: a parallel style, or a dict from submodule names (such as `layers.*.ffn`) to styles.
+        parallelize_plan: a parallel style, or a dict that maps submodule names (such as `layers.*.ffn`) to styles.
         src_data_rank: the mesh rank whose parameters are sent to all ranks, or None to keep each rank's own parameters.
 
     Raises:

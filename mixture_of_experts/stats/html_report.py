@@ -37,7 +37,7 @@ def render_page(
 
     Args:
         name: title of the report.
-        cells: rows of the table, each as a dictionary from column header to cell text.
+        cells: rows of the table, each a dictionary that maps column headers to cell text.
         notes: warnings about each gate, keyed by gate name.
         overview: figures that show all gates, keyed by title.
         over_steps: figures that show a single gate over the steps, keyed by gate name.

@@ -88,8 +88,8 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the boundaries of the steps.
-    Horizontal lines separate blocks of `num_inner` experts."""
+    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the step boundaries. Horizontal
+    lines separate blocks of `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(
         edges, y, loads.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).numpy(), rasterized=True, **make_load_colormap()

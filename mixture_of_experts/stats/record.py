@@ -31,7 +31,7 @@ class Record:
     Attributes:
         layer: path of the gate in the model.
         step: step number, starting at 0, or -1 if the record combines all steps.
-        forwards: number of forward passes of the gate in this record.
+        forwards: number of the gate's forward passes in this record.
         losses: the gate's losses without coefficients, keyed by name (such as "balance" and "z") and averaged over
             forward passes.
         tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
@@ -155,8 +155,8 @@ def count_measurements(shape: Sequence[int]) -> int:
 
 def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
     """Measure one forward pass on its device, without a host sync. Returns a float32 tensor of shape `(w,)`: the
-    largest imbalance, the sums, and the requests and load of each expert. A token takes part in routing if it is not
-    padding and makes a choice.
+    largest imbalance, `NUM_SUMS` sums, and the requests and load of each expert. A token takes part in routing if it is
+    not padding and makes a choice.
     """
     e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
     requested, load = routing.queue_length, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)

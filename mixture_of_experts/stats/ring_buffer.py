@@ -1,7 +1,7 @@
 """Stores the most recent forward passes of each gate in a ring buffer on the gate's device, with one row per pass.
 
-A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
-design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
+A forward hook on each gate reduces its `Routing` to one short row and writes the row into the ring buffer in place.
+This design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
 Recomputation under activation checkpointing is not recorded, because it runs outside of a forward pass of the tracked
 model. Each forward pass keeps its state in its own `TrackedCall`, so threads do not interfere.
 """
@@ -27,7 +27,7 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 WRITE_LOCK = threading.Lock()
 MAX_LOSSES = 12  # number of loss columns in a row, including the z-loss
-INVALID_FORWARD = -1  # forward number of a row that was not written, or whose forward pass raised an error
+INVALID_FORWARD = -1  # forward-pass number of a row that was not written, or whose forward pass raised an error
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class TrackedCall(ForwardCall):
 
 @dataclass(eq=False)
 class ForwardCounter(ForwardWatch):
-    """Numbers the forward passes of the tracked model, and discards the rows of passes that raised an error.
+    """Assigns numbers to the tracked model's forward passes, and discards the rows of passes that raised an error.
 
     Args:
         when: which forward passes to record, as in `track_routing`.
@@ -110,7 +110,8 @@ def hold_write_lock() -> AbstractContextManager[Any]:
 @dataclass(eq=False)
 class GateRingBuffer:
     """The most recent rows of one gate. A row stores the losses and statistics in float32, which is exact for up to 16
-    million choices per forward pass. A row's step number and forward number are int64, so runs can have any length.
+    million choices per forward pass. A row's step number and forward-pass number are int64, so runs can have any
+    length.
 
     Attributes:
         loss_names: names of the losses.
@@ -135,8 +136,8 @@ class GateRingBuffer:
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
             self.numbers: Tensor = torch.full(
                 (size, 2), INVALID_FORWARD, dtype=torch.int64
-            )  # step and forward number of each row
-            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
+            )  # step number and forward-pass number of each row
+            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward-pass number
             self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.counter.buffers.append(self)
 
@@ -178,7 +179,7 @@ class GateRingBuffer:
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
         """Return every stored step if `by_steps` is True, and every forward pass otherwise, from oldest to newest. Each
-        item contains the step or forward number, and the rows `(forwards, width)` in float64 on the CPU."""
+        item contains the number of the step or forward pass, and the rows `(forwards, width)` in float64 on the CPU."""
         call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
@@ -190,7 +191,7 @@ class GateRingBuffer:
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """Combine several steps into one record, numbered after the first step."""
+        """Combine several steps into one record with the first step's number."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

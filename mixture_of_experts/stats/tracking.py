@@ -141,7 +141,8 @@ class RoutingStats:
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """Return all stored steps of a gate as one record. Its `dead` experts received no tokens in any step."""
+        """Return all stored steps of a gate as one record. The record's `dead` list contains experts that received no
+        tokens in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
@@ -218,7 +219,7 @@ class RoutingStats:
         """Write a self-contained HTML report of the recorded routing decisions.
 
         The report contains the table of `summary`, each gate's load over all stored steps (before and after capacity is
-        applied), and the requests for each gate's experts over the steps. If there are more than 24 gates, the report
+        applied), and the requests for each gate's experts, step by step. If there are more than 24 gates, the report
         draws only 24 of them, starting with those that have warnings, and says that others were left out.
 
         Args:

@@ -56,7 +56,7 @@ def balance_experts(
     Args:
         model: the model, before it is wrapped in DDP or `torch.compile`, so that DDP does not synchronize the counts
             across ranks.
-        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
         rule: how to update the bias. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
             "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves the bias toward the
             value that would have balanced the counted tokens (Kimi K3, section 2.3.3), and requires scores between 0

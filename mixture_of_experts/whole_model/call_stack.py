@@ -4,8 +4,8 @@ when a forward pass begins and how it ends.
 The losses, masks and statistics of a forward pass are not stored on modules or globally. Instead, they are stored in a
 `ForwardCall` on a stack that belongs to the thread running the pass. Compiled graphs read this stack and install guards
 on it. Activation checkpointing reruns modules during the backward pass, which PyTorch runs in another thread on GPUs. A
-recomputation does not see the calls that were running when the backward pass began. `activate_calls` makes other calls
-visible to it.
+recomputation does not see the calls that were running when the backward pass began. Use `activate_calls` to make
+specific calls visible to it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CALL_STACKS = CallStacks()
 
 
 def push_call(call: ForwardCall, *keys: Hashable) -> None:
-    """Make a call current for all its keys until `pop_call` removes it.
+    """Make `call` the current call for each of `keys` until `pop_call` removes it.
 
     Hooks call this function, and the forward pass runs in the frame that called the hook.
     """
@@ -93,7 +93,7 @@ def current_call(key: Hashable) -> Any:
 
 @contextmanager
 def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
-    """Context manager that makes each call current for its key."""
+    """Context manager that makes each call the current call for its key."""
     for key, call in calls:
         push_call(call, key)
         call.frame = None

@@ -37,7 +37,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
     Raises:
         ValueError: `how` is neither "balanced" nor "random", or the model has no gate.
         TypeError: a gate does not accept `given_experts`, or a router from another library does not return its experts.
-            This error is also raised in a forward pass if such a router does not return what its provider describes.
+            This error is also raised during a forward pass if such a router does not return what its provider
+            describes.
 
     Example:
         >>> import torch

@@ -40,7 +40,7 @@ def control_sparsity(
 
     Args:
         model: the model, before it is wrapped in DDP or `torch.compile`.
-        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
         rate: the factor by which the coefficient changes, which must be greater than 1.
         group: the ranks that hold these gates. Counts are summed over these ranks. Default: all ranks if
             `torch.distributed` is initialized, regardless of the gates' `process_group`.
