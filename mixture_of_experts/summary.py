@@ -19,7 +19,8 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
 
-ActiveShares = dict[Any, dict[nn.Module, float]]  # maps layers and modules to the fraction (0 to 1) that a token uses
+# for each layer, the fraction (0 to 1) of each module that a token uses
+ActiveShares = dict[Any, dict[nn.Module, float]]
 
 
 class ActiveModules(NamedTuple):
@@ -86,7 +87,7 @@ class Summary(NamedTuple):
 def summary(model: nn.Module) -> Summary:
     """Count a model's total and active parameters and its floating-point operations per token.
 
-    Each layer is counted once. A token is assumed to use k experts, or the gate's `expected_choices` if it has this
+    Each layer is counted once. A token is assumed to use k experts, or `expected_choices` experts if the gate has this
     attribute. For `ReLUGating`, this is `mean_choices`, which `control_sparsity` maintains; for `ExpertChoiceGating`,
     it is the capacity factor. With two levels, a token's first choice at level one leads to k choices at level two, and
     every other choice leads to one. If the capacity is limited, a token may use fewer experts. The counts depend on the
@@ -158,7 +159,7 @@ def choices_per_token(site: RouterHandle) -> float:
     if number is None:
         raise ValueError(
             f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            "a token chooses; add a `k` attribute to it"
+            "a token chooses; add a `k` attribute to the gate"
         )
     return min(number, site.num_experts)
 

@@ -129,7 +129,7 @@ def replace_modules(
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
                 f"the experts in {name} cannot be replaced, because the {type(module).__name__} depends on them. Merge "
-                "adapters, or call fast_lora() before quantize_experts(), and compile experts afterwards"
+                "adapters first, or call fast_lora() before quantize_experts(). Compile experts only afterwards"
             )
         if isinstance(module, module_class):
             found[module] = name
@@ -163,7 +163,7 @@ def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> N
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
-                f"{name} is a {type(module).__name__} with a custom {method}, which would be lost; replace it manually"
+                f"{name} is a {type(module).__name__} with a custom {method}, which would be lost; convert it manually"
             )
     if (lost := replacement_problem(module)) is not None:
         raise ValueError(f"{name} {lost}")

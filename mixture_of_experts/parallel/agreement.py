@@ -38,7 +38,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     first = gathered[0][0]
     for rank, (other, message) in enumerate(gathered):
         if message:
-            raise ValueError(f"expert parallelism: setup of rank {rank} failed: {message}")
+            raise ValueError(f"expert parallelism: setup failed on rank {rank}: {message}")
         differing = [
             f"{key}: {first.get(key, 'missing')} on rank 0, {other.get(key, 'missing')} on rank {rank}"
             for key in {**first, **other}

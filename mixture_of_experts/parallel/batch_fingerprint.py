@@ -26,8 +26,8 @@ def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_parts(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
-    """Concatenate the parts of all ranks, and return the first `size` rows or slots. In the backward pass, each rank
-    receives its part of the gradient."""
+    """Concatenate all ranks' parts, and return the first `size` rows or slots. In the backward pass, each rank receives
+    its part of the gradient."""
     return DTensor.from_local(part, mesh, [Shard(part.ndim - 2)], run_check=False).full_tensor()[..., :size, :]
 
 

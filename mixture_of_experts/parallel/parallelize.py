@@ -55,7 +55,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
         if not found:
             names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
             raise ValueError(
-                f"plan key {key!r} does not match any submodule of {type(module).__name__}; available names are {names}"
+                f"plan key {key!r} does not match any submodule of {type(module).__name__}; choose from {names}"
             )
         if not isinstance(style, ExpertParallel):
             continue

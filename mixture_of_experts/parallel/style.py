@@ -109,8 +109,8 @@ def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 def check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"ExpertParallel requires a 1-D mesh, got a mesh with {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice "
-            "the mesh, as in mesh['ep']"
+            f"ExpertParallel requires a 1-D mesh, but got a {mesh.ndim}-D mesh with dimensions {mesh.mesh_dim_names}; "
+            "select one dimension, for example with mesh['ep']"
         )
 
 
@@ -143,7 +143,7 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
             f"{dims[0]} {outer}experts cannot be divided evenly among {mesh.size()} ranks; use a multiple of "
-            f"{mesh.size()}, or a smaller mesh"
+            f"{mesh.size()} experts, or a smaller mesh"
         )
 
 
@@ -179,9 +179,8 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} must have parameters whose leading dimensions are the expert dimensions "
-            f"{dims}, but got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the "
-            "unquantized model"
+            f"{type(experts).__name__} must have parameters whose first dimensions are the expert dimensions {dims}, "
+            f"got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the unquantized model"
         )
     return frozenset(names)
 
@@ -190,7 +189,7 @@ def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: i
     """Reduce stacked tensors to this rank's part, and change the class of the experts to one that exchanges tokens with
     other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
-    for name in sorted(sharding.sharded_names):  # all ranks use the same order
+    for name in sorted(sharding.sharded_names):  # all ranks must use the same order
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)

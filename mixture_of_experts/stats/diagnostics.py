@@ -13,7 +13,7 @@ from mixture_of_experts.stats.record import Record
 WARN_DROPPED_ABOVE = 0.1  # warn if the fraction of avoidable drops exceeds this value
 WARN_LOAD_ABOVE = 2.0  # warn if an expert's load in late steps, relative to a balanced load, exceeds this value
 BIAS_REMEDY = "update its expert bias with balance_experts, or increase the rate if you already do"
-WARN_LOAD_BELOW = 0.1  # warn if this relative load is below this value
+WARN_LOAD_BELOW = 0.1  # warn if an expert's load in late steps, relative to a balanced load, is below this value
 MAX_LISTED_EXPERTS = 12  # maximum number of experts that a warning lists
 
 StepRows = tuple[int, Tensor]  # step number, and the rows of the step's forward passes

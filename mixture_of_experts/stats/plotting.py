@@ -32,7 +32,7 @@ def make_axes(width: float, height: float) -> Axes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots require matplotlib: pip install matplotlib, or install mixture_of_experts with its 'plot' extra"
+            "plots require matplotlib; install matplotlib, or install mixture_of_experts with its 'plot' extra"
         ) from error
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 

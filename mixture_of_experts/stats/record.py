@@ -32,8 +32,8 @@ class Record:
         layer: path of the gate in the model.
         step: step number, starting at 0, or -1 if the record combines all steps.
         forwards: number of the gate's forward passes in this record.
-        losses: the gate's losses without coefficients, keyed by name (such as "balance" and "z") and averaged over
-            forward passes.
+        losses: the gate's losses before coefficients are applied, keyed by name (such as "balance" and "z") and
+            averaged over forward passes.
         tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
             choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.
@@ -46,11 +46,11 @@ class Record:
             balanced, but `imbalance` does not.
         worst_imbalance: the largest imbalance of any group.
         load: number of choices that each expert computes, an int64 tensor of shape `(e,)`. On the second level of a
-            hierarchy, its shape is `(eo, ei)`, with one entry for each expert of the layer.
+            hierarchy, its shape is `(eo, ei)`, with one entry for each expert in the layer.
         dropped: fraction of the requested choices that were dropped because their expert had no free slot.
-        unavoidable: fraction of the requested choices that exceed the total slots of their token group and would be
-            dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots per token
-            for 2 choices, so it drops some choices even if the load is balanced.
+        unavoidable: fraction of the requested choices that exceed the total number of slots in their token group and
+            would be dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots
+            per token for 2 choices, so it drops some choices even if the load is balanced.
         unseen: fraction of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats, from 0 (certain) to ln(e) (uniform).
         confidence: largest probability of a token, averaged over tokens.

@@ -152,8 +152,8 @@ class GateRingBuffer:
         self.loss_names = losses
 
     def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
-        """Append the row of a forward pass. `torch.compile` traces this method, so it only modifies tensors in
-        place."""
+        """Append the row of a forward pass. This method only modifies tensors in place, because `torch.compile` traces
+        it."""
         self.store_loss_names(tuple(routing.losses))
         if not self.counter.is_recorded(gate):
             return
@@ -180,7 +180,7 @@ class GateRingBuffer:
     def read_steps(self, by_steps: bool) -> list[StepRows]:
         """Return every stored step if `by_steps` is True, and every forward pass otherwise, from oldest to newest. Each
         item contains the number of the step or forward pass, and the rows `(forwards, width)` in float64 on the CPU."""
-        call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
+        call_stack.current_call(self.counter)  # detects interrupted forward passes in this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
         numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]

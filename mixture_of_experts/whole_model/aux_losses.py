@@ -17,7 +17,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 REENTRANT_ERROR = (
-    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would get no gradient; pass "
+    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would have no gradient; pass "
     "use_reentrant=False"
 )
 
@@ -110,9 +110,9 @@ class AuxLosses:
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected. Inside the context and in its thread, call the model that was passed "
-                "to collect_aux, and then call take() once. If the model was compiled and called before, its graph has "
-                "no hooks; enter collect_aux before the first compiled call"
+                "no auxiliary loss was collected. Call the model that was passed to collect_aux inside the context and "
+                "in the same thread, and then call take() once. If the compiled model ran before the context was "
+                "entered, its graph has no hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)
         self._training.clear()
@@ -158,7 +158,7 @@ class AuxLossCollector(ForwardWatch):
         if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(
                 f"expected {type(layer).__name__} to return (output, auxiliary loss), but got {type(output).__name__}; "
-                "drop the loss in a module that wraps the layer, not in a subclass"
+                "to drop the loss, wrap the layer in a module instead of subclassing it"
             )
         check_not_reentrant(layer)
         if not torch.compiler.is_compiling():
@@ -172,7 +172,8 @@ def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None
     gradients, so the auxiliary loss would not receive any.
 
     Args:
-        is_checkpointed: whether the layer is known to run under any implementation of activation checkpointing.
+        is_checkpointed: whether the layer is known to run under activation checkpointing, regardless of the
+            implementation.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return

@@ -198,9 +198,8 @@ class ExternalBiasUpdater:
         self.external: Any = router.external
         if missing := {"weights", "experts"}.difference(self.external.returns):
             raise TypeError(
-                f"balance_experts does not support {router.name!r} ({router.class_name}), because this router "
-                f"does not return {' and '.join(sorted(missing))}, so its choices cannot be counted; "
-                f"{self.external.remedy}"
+                f"balance_experts cannot count the choices of {router.name!r} ({router.class_name}), which does not "
+                f"return {' and '.join(sorted(missing))}; {self.external.remedy}"
             )
         self.external.check_rule(rule, router.name)
         self.hook_target: nn.Module = router.hook_target
@@ -229,7 +228,7 @@ class ExternalBiasUpdater:
 
     @property
     def counts(self) -> Tensor:
-        if self.accumulated_counts.device != self.bias.device:  # the model was moved
+        if self.accumulated_counts.device != self.bias.device:  # the model was moved to another device
             self.accumulated_counts = self.accumulated_counts.to(self.bias.device)
         return self.accumulated_counts
 

@@ -61,7 +61,8 @@ def push_call(call: ForwardCall, *keys: Hashable) -> None:
 
 
 def pop_call(key: Hashable) -> Any:
-    """End the innermost call for `key`, and remove it from all its keys. Return the call, or None if there is none."""
+    """End the innermost call for `key`, and remove it from all of its keys. Return the call, or None if there is
+    none."""
     calls = CALL_STACKS.calls.get(key)
     if not calls:
         return None
@@ -190,5 +191,5 @@ class ForwardWatch:
             if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
-                return None  # this pass failed before its own call began; `activate_calls` added this one
+                return None  # this pass failed before its own call began, so `activate_calls` added the call
         return self.on_success(pop_call(self), output)

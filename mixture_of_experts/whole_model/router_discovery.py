@@ -36,7 +36,7 @@ class RouterHandle:
     with two locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
-    hook_target: nn.Module  #: the outermost wrapper or the gate itself; its hooks run once per call of a layer
+    hook_target: nn.Module  #: the outermost wrapper or the gate itself, whose hooks run once per layer call
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
@@ -133,17 +133,19 @@ def check_supported(
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
     """Return the routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
-        raise TypeError(f"expected `gates` of {feature} to be a list of gate names or gate modules, but got {gates!r}")
+        raise TypeError(
+            f"expected the `gates` argument of {feature} to be a list of gate names or modules, but got {gates!r}"
+        )
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for selector in selectors:
         if not any(matches_selector(router, selector) for router in routers):
             what = f"this {type(selector).__name__}" if isinstance(selector, nn.Module) else repr(selector)
             names = ", ".join(repr(name) for router in routers for name in router.names)
             raise ValueError(
-                f"`gates` of {feature} contains {what}, which is not a gate of the model; its gates are {names}"
+                f"`gates` passed to {feature} contains {what}, which is not a gate of the model; its gates are {names}"
             )
     if not selectors:
-        raise ValueError(f"`gates` of {feature} is empty; list some gates, or omit `gates` to select all of them")
+        raise ValueError(f"the `gates` argument of {feature} is empty; pass a gate, or omit it to select all")
     return [router for router in routers if any(matches_selector(router, selector) for selector in selectors)]
 
 
