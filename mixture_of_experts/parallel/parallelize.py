@@ -1,4 +1,4 @@
-"""Defines a version of `parallelize_module` that checks whether every plan key matches a submodule on all ranks."""
+"""Defines a `parallelize_module` that raises an error on all ranks if a plan key does not match any submodule."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Defines experts that are sharded over ranks. Their class is derived from the original class and keeps both of its
-interfaces, one for tokens and one for slots.
+"""Defines experts that are sharded over ranks. Their class is derived from the original class and keeps its interfaces.
 
 An `ExpertSharding` describes which experts are local to a rank. In the forward pass, tokens are sent to the ranks that
 own their experts (see `exchange.py`). The experts' own code then runs as if the module contained only this rank's

@@ -23,7 +23,7 @@ class ExpertSharding:
     Attributes:
         mesh: 1-D mesh of the ranks that share the experts.
         expert_dims: `*e`, the total number of experts in each dimension.
-        gradient: "mean" or "sum". Expert gradients are those of the mean or the sum of all ranks' losses.
+        gradient: "mean" or "sum". Expert gradients are computed for the mean or the sum of all ranks' losses.
         static_shapes: whether the number of slots is always the same on all ranks.
         sharded_names: names of the sharded parameters, and of the buffers from which each rank reads only its own part.
         shared_batch: 1-D mesh of ranks that hold the same tokens and each send a part of them, or None if no tokens are

@@ -33,8 +33,8 @@ class ExpertParallel(ParallelStyle):
     With latent experts (`LatentExperts`), tokens are exchanged in the latent dimension.
 
     Args:
-        gradient: "mean" or "sum". Expert gradients are those of the mean or the sum of the losses on which the ranks
-            call `backward`. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
+        gradient: "mean" or "sum". Expert gradients are computed for the mean or the sum of the losses on which the
+            ranks call `backward`. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
         static_shapes: whether batches always have the same shape on all ranks. With limited capacity, this setting
             avoids a size exchange and its host sync. Dropless routing always requires both.
         batch_group: a process group or 1-D mesh of the ranks that share the batch. Gates compute their losses over

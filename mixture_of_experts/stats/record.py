@@ -37,7 +37,7 @@ class Record:
         tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
             choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.
-        requested: number of times each expert was chosen before capacity is applied, a tensor of the same shape as
+        requested: number of times that each expert is chosen before capacity is applied, a tensor of the same shape as
             `load`.
         choices_per_token: mean number of choices per token before capacity is applied. This number varies for routers
             such as `TopPGating`.

@@ -108,9 +108,9 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         args, kwargs: arguments to pass to the model.
 
     Returns:
-        A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, the `Routing` of
-        its last call is returned. For a router from another library, the `Routing` is constructed from the router's
-        outputs.
+        A dictionary that maps each gate's path in the model to its `Routing`. If a gate ran more than once, the
+        `Routing` of its last call is returned. For a router from another library, the `Routing` is constructed from the
+        router's outputs.
 
     Raises:
         ValueError: the model has no gate.

@@ -168,8 +168,8 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise a RuntimeError if `layer` runs under reentrant checkpointing. The first forward pass is then run without
-    gradients, so the auxiliary loss would not receive any.
+    """Raise a RuntimeError if `layer` runs under reentrant checkpointing. Reentrant checkpointing disables gradients in
+    the first forward pass, so the auxiliary loss would have no gradient.
 
     Args:
         is_checkpointed: whether the layer is known to run under activation checkpointing, regardless of the
