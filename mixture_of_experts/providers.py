@@ -1,10 +1,10 @@
 """Defines providers, which describe modules from other libraries.
 
-This package supports its own modules and those of torch directly. For other libraries, features that act on whole
+This package supports its own modules and PyTorch's modules directly. For other libraries, features that act on whole
 models query a provider to find modules that call routers, wrap other modules, or receive arguments that describe
 tokens. The providers for a module are those registered for the top-level packages that define its class and base
 classes. The providers for `BUNDLED_LIBRARIES` are defined in `mixture_of_experts.huggingface` and imported when a
-module from one of these libraries is first encountered. Call `register_provider` to add others.
+module from one of these libraries is first encountered. Call `register_provider` to add more providers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"
 
 
 class ExternalRouter:
-    """Describes another library's router, which chooses k experts for each token, by its settings and return values.
+    """Describes the settings and return values of another library's router, which chooses k experts for each token.
 
     The router's block is the module that calls it. `Provider.find_router` returns this object for the block. Subclasses
     may implement settings as properties that read them from the block.
@@ -47,9 +47,9 @@ class ExternalRouter:
         expert_bias: the tensor that `balance_experts` updates to influence which experts are chosen, or None. Implement
             it as a property if the model may be moved to another device.
         capacity: number of slots per expert and sequence, or None if the router is dropless.
-        group_sizes: number of expert groups, and number of groups that a token may use; (None, None) if there are no
-            groups.
-        zero_weight_expert: the expert that choices with weight 0 are replaced with, or None to keep such choices.
+        group_sizes: the number of expert groups and the number of groups that a token may use, or (None, None) if there
+            are no groups.
+        zero_weight_expert: the expert that replaces choices with weight 0, or None to keep such choices.
         chooses_by_token_ids: whether experts are looked up in a table by token id.
         remedy: advice for the error message that is raised if a feature does not support the router.
         aux_loss_remedy: advice for the error message of `collect_aux` on how to obtain the router's auxiliary loss.
@@ -76,17 +76,17 @@ class ExternalRouter:
         vars(self).update(path=path, num_experts=num_experts, k=k, **settings)
         if self.score not in ROUTER_SCORES or not {*self.returns} <= {*ROUTER_RESULTS}:
             raise ValueError(
-                f"`score` must be one of {ROUTER_SCORES}, and `returns` must contain only {ROUTER_RESULTS}, got "
+                f"`score` must be one of {ROUTER_SCORES}, and `returns` must contain only {ROUTER_RESULTS}, but got "
                 f"score={self.score!r} and returns={self.returns!r}"
             )
         if not {"logits", "probs"} & {*self.returns} or ("probs" in self.returns and self.score != "softmax"):
             raise ValueError(
-                f"`returns` must contain 'logits', or 'probs' with score='softmax', got returns={self.returns!r} and "
-                f"score={self.score!r}"
+                f"`returns` must contain 'logits', or 'probs' if score='softmax', but got returns={self.returns!r} "
+                f"and score={self.score!r}"
             )
 
     def check_rule(self, rule: Any, name: str) -> None:
-        """Raise ValueError if an expert-bias rule does not support the router `name`."""
+        """Raise a ValueError if an expert-bias rule does not support the router named `name`."""
         if rule.reads_scores:
             raise ValueError(
                 f"{rule!r} reads scores, which the router {name!r} does not return; use rule='sign', or {self.remedy}"
@@ -111,8 +111,8 @@ class TokensReader:
         return TokenMetadata()
 
     def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
-        """Return the cache passed in these arguments, or None, and the number of real tokens that it contains. The
-        number is either a tensor `(b,)` or an integer that applies to all sequences."""
+        """Return the cache in these arguments (or None) and the number of real tokens in the cache. The number is
+        either a tensor `(b,)` or an integer that applies to all sequences."""
         return None, 0
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
@@ -139,12 +139,13 @@ class Provider:
         return None
 
     def list_children(self, module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-        """Return a module's direct children and whether each is used in its computation, or None if all of them are."""
+        """Return a module's direct children and whether its computation uses each of them, or None if it uses all of
+        them."""
         return None
 
     def find_enclosing_model(self, modules: Sequence[nn.Module]) -> nn.Module | None:
-        """Return the module whose arguments describe the tokens that the innermost module receives, or None if unknown.
-        The modules are nested, and the outermost comes first."""
+        """Return the module whose arguments describe the tokens that the innermost module receives, or None if it is
+        unknown. The modules are nested, with the outermost module first."""
         return None
 
     def make_tokens_reader(self, model: nn.Module) -> TokensReader | None:
@@ -162,8 +163,8 @@ class Provider:
         return None
 
     def unsaved_reason(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
-        """Return a warning if any of these named tensors will not be saved, or None if all of them will. The tensors
-        are updated during training."""
+        """Return a warning if any of `tensors`, which are updated during training, will not be saved, or None if all of
+        them will be saved."""
         return None
 
 
@@ -191,9 +192,9 @@ def register_provider(library: str, provider: Provider) -> None:
         >>> register_provider("acme", AcmeProvider())
     """
     if not (isinstance(library, str) and library.isidentifier()):
-        raise ValueError(f"library must be the name of a top-level package, such as 'torch', got {library!r}")
+        raise ValueError(f"library must be the name of a top-level package, such as 'torch', but got {library!r}")
     if not isinstance(provider, Provider):
-        raise TypeError(f"provider must be an instance of a subclass of Provider, got {provider!r:.99}")
+        raise TypeError(f"provider must be an instance of a subclass of Provider, but got {provider!r:.99}")
     REGISTERED_PROVIDERS[library] = provider
 
 
@@ -220,7 +221,7 @@ def ask_providers(module: nn.Module, question: Callable[[Provider], AnswerT | No
 def load_bundled_providers() -> bool:
     """Import the bundled providers and return True.
 
-    Call this function before reading `BUNDLED_PROVIDERS`, because a traced graph does not reflect later changes.
+    Call this function before reading `BUNDLED_PROVIDERS`, because a traced graph would not reflect later changes to it.
     """
     if not BUNDLED_PROVIDERS:
         try:

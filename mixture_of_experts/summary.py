@@ -35,12 +35,12 @@ class Cost(NamedTuple):
     """Parameter and operation counts of a model or one of its layers.
 
     Attributes:
-        parameters: total number of parameters, where shared parameters are counted once.
+        parameters: total number of parameters, counting shared parameters once.
         active: number of parameters that each token uses, which is k / e of the experts' parameters plus all other
             parameters. If layers share experts, the largest k is used.
         flops: floating-point operations in one token's forward pass. Each element of a weight matrix that multiplies
-            the token counts as two operations. The backward pass takes twice as many. Convolutions and products between
-            tokens (attention) are not counted.
+            the token counts as two operations. The backward pass takes twice as many operations. Convolutions and
+            products between tokens (attention) are not counted.
         at_most: whether `active` and `flops` are upper bounds, because the scores determine how many of the k choices a
             token uses. This applies to `TopPGating` and to the second choice of `Top2Gating`.
     """
@@ -87,14 +87,14 @@ class Summary(NamedTuple):
 def summary(model: nn.Module) -> Summary:
     """Count a model's total and active parameters and its floating-point operations per token.
 
-    Each layer is counted once. A token is assumed to use k experts, or the gate's `expected_choices` if it has this
+    Each layer is counted once. A token is assumed to use k experts, or `expected_choices` experts if the gate has this
     attribute. For `ReLUGating`, this is `mean_choices`, which `control_sparsity` maintains; for `ExpertChoiceGating`,
     it is the capacity factor. With two levels, a token's first choice at level one leads to k choices at level two, and
     every other choice leads to one. If the capacity is limited, a token may use fewer experts. The counts depend on the
     layers' dimensions, not on their implementation. Models of any size can be counted on the meta device.
 
     Args:
-        model: a model with any number of `MoE` layers, `HeirarchicalMoE` layers, and sparse blocks from libraries that
+        model: a model, which may contain `MoE` layers, `HeirarchicalMoE` layers, and sparse blocks from libraries that
             have a provider.
 
     Raises:
@@ -152,14 +152,14 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
 
 
 def choices_per_token(site: RouterHandle) -> float:
-    """Return the mean number of experts that a gate chooses per token if the gate provides it, otherwise the
-    maximum."""
+    """Return the mean number of experts that a gate chooses per token if the gate provides it, or the maximum number
+    otherwise."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
             f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            "a token chooses; add a `k` attribute to it"
+            "a token chooses; add a `k` attribute to the gate"
         )
     return min(number, site.num_experts)
 
@@ -197,7 +197,7 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
 
 
 def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return a module's direct children and whether each is used in its computation."""
+    """Return a module's direct children and whether its computation uses each of them."""
     found = ask_providers(module, lambda provider: provider.list_children(module))
     return [(child, True) for child in module.children()] if found is None else found
 

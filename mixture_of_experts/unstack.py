@@ -78,7 +78,8 @@ def unstack(model: ModelT) -> ModelT:
         ValueError: if the model has no stacked experts or consists only of them, or if experts are compiled separately,
             have adapters, or have state-dict hooks.
         TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
-            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
+            experts have a custom `forward` or `compute` method, whether defined in their class or assigned to the
+            module.
 
     Example:
         >>> import torch
@@ -128,7 +129,7 @@ def replace_modules(
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
                 f"the experts in {name} cannot be replaced, because the {type(module).__name__} depends on them. Merge "
-                "adapters, or call fast_lora() before quantize_experts(), and compile experts afterwards"
+                "adapters first, or call fast_lora() before quantize_experts(). Compile experts only afterwards"
             )
         if isinstance(module, module_class):
             found[module] = name
@@ -158,11 +159,11 @@ def replace_modules(
 
 def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     """Raise an error if replacing a module would discard anything attached to its weights, or a custom `forward` or
-    `compute`, defined in its class or assigned to the module."""
+    `compute` method, whether defined in its class or assigned to the module."""
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
-                f"{name} is a {type(module).__name__} with a custom {method}, which would be lost; replace it manually"
+                f"{name} is a {type(module).__name__} with a custom {method}, which would be lost; convert it manually"
             )
     if (lost := replacement_problem(module)) is not None:
         raise ValueError(f"{name} {lost}")

@@ -138,7 +138,7 @@ def test_stale_optimizer_warns_once():
     old = torch.optim.SGD(moe.parameters(), lr=0.1)
     balance_experts(unstack(moe), old)
     moe(torch.randn(2, 9, 8))[0].sum().backward()
-    with pytest.warns(UserWarning, match=r"but not experts\.0\.w1\.weight; construct it after"):
+    with pytest.warns(UserWarning, match=r"but does not train experts\.0\.w1\.weight; construct the optimizer after"):
         old.step()
     old.step()  # warnings are errors
 

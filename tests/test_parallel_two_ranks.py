@@ -53,7 +53,7 @@ def test_rank_disagreement_is_reported(monkeypatch: pytest.MonkeyPatch):
     )
     for other, error in (
         (({"k": 3}, ""), more),
-        (({}, "no plan"), "setup of rank 1 failed: no plan"),
+        (({}, "no plan"), "setup failed on rank 1: no plan"),
         ((own, ""), None),
     ):
         answers = lambda told, mine, group, other=other: told.__setitem__(slice(None), [mine, other])  # noqa: E731

@@ -405,7 +405,7 @@ def test_rejects_wrong_providers_and_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(providers, "REGISTERED_PROVIDERS", {})
     with pytest.raises(ValueError, match=r"library must be the name of a top-level package.*got 'acme.blocks'"):
         register_provider("acme.blocks", AcmeProvider())
-    with pytest.raises(TypeError, match="provider must be an instance of a subclass of Provider, got <class"):
+    with pytest.raises(TypeError, match="provider must be an instance of a subclass of Provider, but got <class"):
         register_provider("acme", AcmeProvider)  # type: ignore[arg-type]
     assert providers.REGISTERED_PROVIDERS == {}
     with pytest.raises(TypeError, match=r"ExternalRouter has no setting 'top_k'; available settings are path"):
@@ -414,7 +414,7 @@ def test_rejects_wrong_providers_and_settings(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ValueError, match=rf"`score` must be one of .* got .*{next(iter(wrong))}="):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     for wrong in (dict(returns=("weights", "experts")), dict(returns=("probs",), score="sigmoid")):
-        with pytest.raises(ValueError, match="`returns` must contain 'logits', or 'probs' with score='softmax'"):
+        with pytest.raises(ValueError, match="`returns` must contain 'logits', or 'probs' if score='softmax'"):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     assert {*providers.ROUTER_SCORES} == {*SCORES}
 

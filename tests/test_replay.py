@@ -299,7 +299,7 @@ def test_rejects_wrong_argument_types_before_forward():
         with pytest.raises(TypeError, match="records to be RoutingRecords, as yielded by record_routing, but got a"):
             replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
     with pytest.raises(
-        TypeError, match=r"`gates` of record_routing to be a list of gate names or gate modules, but got 0"
+        TypeError, match=r"`gates` argument of record_routing to be a list of gate names or modules, but got 0"
     ):
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
 

@@ -178,7 +178,7 @@ def test_unforceable_gates_raise_and_change_nothing():
         force_routing(gates, gates=["gate"]).__enter__()
     with pytest.raises(ValueError, match=r"contains this Linear, which is not a gate"):
         force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()
-    with pytest.raises(ValueError, match=r"`gates` of force_routing is empty"):
+    with pytest.raises(ValueError, match=r"`gates` argument of force_routing is empty"):
         force_routing(gates, gates=[]).__enter__()
 
 

@@ -496,7 +496,7 @@ def test_errors():
         with pytest.raises(RuntimeError, match="no forward pass of a gate was recorded"):
             stats.summary()
         moe(torch.randn(1, 4, DIM))
-    with pytest.raises(KeyError, match="no gate 'gates'; the gates are 'gate'"):
+    with pytest.raises(KeyError, match="no gate named 'gates'; the gates are 'gate'"):
         stats.records("gates")
 
 

@@ -14,13 +14,13 @@ MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences listed in an error
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """Raise an error on all ranks if `describe` fails on any rank or its results differ between ranks.
+    """Raise an error on all ranks if `describe` fails on any rank or if the results differ between ranks.
 
     The check requires one collective.
 
     Args:
         describe: a function that returns the values that must be equal on all ranks, keyed by name.
-        mesh: a 1-D mesh of the ranks.
+        mesh: a 1-D mesh of the ranks to compare.
     """
     description, problem = {}, None
     try:
@@ -38,7 +38,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     first = gathered[0][0]
     for rank, (other, message) in enumerate(gathered):
         if message:
-            raise ValueError(f"expert parallelism: setup of rank {rank} failed: {message}")
+            raise ValueError(f"expert parallelism: setup failed on rank {rank}: {message}")
         differing = [
             f"{key}: {first.get(key, 'missing')} on rank 0, {other.get(key, 'missing')} on rank {rank}"
             for key in {**first, **other}

@@ -1,4 +1,4 @@
-"""Sends tokens to the ranks that own their experts, and sends the results back, with all-to-all collectives.
+"""Uses all-to-all collectives to send tokens to the ranks that own their experts, and to send the results back.
 
 Axes: p (ranks in the group), e (experts on all ranks), l (experts per rank, e / p), s (slots per expert on one rank), r
 (rows on one rank, sorted by expert), d (model dimension), o (output dimension).
@@ -56,8 +56,7 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send one block of the rows `x` `(sum(send), ...)` to each rank, and return the received blocks in rank
-        order."""
+        """Send each rank its block of the rows `x` `(sum(send), ...)`, and return the received blocks in rank order."""
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
@@ -66,8 +65,8 @@ class Channel(NamedTuple):
     def compute_remotely(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
-        """Send the rows `x`, compute the received rows, and send the results back. The backward pass exchanges
-        gradients in the same way."""
+        """Send the rows `x`, apply `compute` to the received rows, and send the results back. The backward pass
+        exchanges gradients in the same way."""
         result = compute(_AllToAll.apply(x, send, receive, self))
         return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
@@ -102,17 +101,17 @@ class _PermuteRows(torch.autograd.Function):
 def exchange_slots(
     x: Tensor, dims: tuple[int, ...], compute: ComputeFunction, channel: Channel, training: bool, static_shapes: bool
 ) -> Tensor:
-    """Compute this rank's slots on the ranks that own the experts, and return `(*e, s, o)`.
+    """Compute this rank's slots on the ranks that own the experts, and return the results `(*e, s, o)`.
 
     Args:
         x: this rank's slots for all experts, `(*e, s, d)`.
-        dims: the expert dimensions `*e`, of which the first is divided among the ranks.
-        compute: a function that maps the slots of this rank's experts, gathered from all ranks, `(*l, s', d)`, to
+        dims: the expert dimensions `*e`. The first dimension is divided among the ranks.
+        compute: a function that runs this rank's experts. It maps slots `(*l, s', d)` from all ranks to outputs
             `(*l, s', o)`.
         channel: the communication channel to the other ranks.
         training: whether the layer is in training mode.
-        static_shapes: whether all ranks are guaranteed to make identical calls with the same s. Otherwise, the ranks
-            exchange this information, which requires a host sync.
+        static_shapes: whether all ranks are guaranteed to make identical calls with the same number of slots s.
+            Otherwise, the ranks exchange this information, which requires a host sync.
     """
     if channel.size == 1:
         return compute(x)
@@ -140,14 +139,14 @@ def exchange_slots(
 
 
 def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: Channel, training: bool) -> Tensor:
-    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This function requires one
-    host sync.
+    """Compute this rank's rows on the ranks that own their experts, and return the results `(r, o)`. This function
+    requires one host sync.
 
     Args:
         x: rows sorted by expert, `(r, d)`. The result is 0 for rows beyond the total count.
         counts: number of rows for each expert, `(e,)` int64.
-        compute: a function that maps rows `(r', d)`, sorted by this rank's experts, and their counts `(l,)` to outputs
-            `(r', o)`.
+        compute: a function that runs this rank's experts. It maps rows `(r', d)`, sorted by expert, and the row counts
+            `(l,)` to outputs `(r', o)`.
         channel: the communication channel to the other ranks.
         training: whether the layer is in training mode.
     """
@@ -183,14 +182,14 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Exchange a description of the call on `x` and the number of rows for each expert, `(e,)`, with the other ranks.
-    This function requires one host sync.
+    """Send a description of the call and `counts` `(e,)`, the number of rows for each expert, to all ranks, and receive
+    theirs. This function requires one host sync.
 
     Every rank receives all descriptions, so every rank raises a ValueError if they differ.
 
     Returns:
-        The row counts to send to and receive from each rank, both `(p)`, and the row counts `(p, l)` that each rank
-        sends to each of this rank's experts.
+        The number of rows to send to each rank and the number to receive from it, as lists of length p, and a tensor
+        `(p, l)` with the number of rows that each rank sends to each of this rank's experts.
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)

@@ -41,7 +41,7 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     """Make `DistributedDataParallel(model)` ignore rank-specific tensors, and return the model.
 
     Call this function before wrapping the model. The rank-specific tensors are sharded experts and the counts of gates
-    with an expert bias. In each forward pass, DDP would overwrite these counts with those of the first rank.
+    with an expert bias. In each forward pass, DDP would overwrite these counts with the first rank's counts.
     """
     ignore_in_ddp(model, find_rank_local_buffers(model) | expert_parameters(model).keys())
     return model
@@ -52,12 +52,12 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     """Replace gradients with their mean or sum over the ranks of a group.
 
     Call this function once before each optimizer step. If only expert parallelism is used, pass the replicated
-    parameters. If expert parallelism is combined with DDP, pass the experts of data-parallel replicas. A missing
-    gradient counts as 0. If no rank has a gradient for a parameter, its gradient remains None. Frozen parameters are
-    skipped.
+    parameters. If expert parallelism is combined with DDP, pass the expert parameters that are replicated over the
+    data-parallel ranks. A missing gradient counts as 0. If no rank has a gradient for a parameter, its gradient remains
+    None. Frozen parameters are skipped.
 
     Args:
-        parameters: the parameters whose gradients are reduced. All ranks must pass the same parameters.
+        parameters: the parameters whose gradients to reduce. All ranks must pass the same parameters.
         group: a process group or a 1-D mesh.
         op: "mean" or "sum".
     """
@@ -88,8 +88,8 @@ def clip_grad_norm_(
     """Clip gradients in place so that their total norm over all parameters and ranks is at most `max_norm`.
 
     Args:
-        parameters: the model or its parameters, which may be replicated tensors and DTensors on any meshes. All ranks
-            must pass the same parameters.
+        parameters: the model or its parameters, which may be replicated tensors or DTensors on any mesh. All ranks must
+            pass the same parameters.
         max_norm: maximum norm of the gradients.
         norm_type: order p of the norm, which must be positive or inf.
         error_if_nonfinite: whether to raise a RuntimeError if the total norm is infinite or NaN.
@@ -123,7 +123,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def _make_buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Yield buckets of parameters with the same dtype and device and about 2**25 elements each. This limits both the
+    """Yield buckets of about 2**25 elements each, whose parameters have the same dtype and device. This limits both the
     number of collectives and the memory use."""
     open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:

@@ -15,7 +15,7 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The identity function, with a gradient that is multiplied by a factor."""
+    """An identity function that multiplies the gradient by a factor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -31,14 +31,14 @@ class _ScaleGradient(torch.autograd.Function):
 def use_local_experts(experts: Any) -> Iterator[Any]:
     """Context manager that yields a stand-in for sharded experts.
 
-    The stand-in is an instance of the experts' original class. The stand-in holds this rank's part of each stacked
-    tensor, and reports the local number of experts. On exit, attributes and buffers that the forward pass set on the
-    stand-in are copied to the experts.
+    The stand-in is an instance of the experts' original class. It holds this rank's part of each stacked tensor, and
+    reports the local number of experts. On exit, attributes and buffers that the forward pass set on the stand-in are
+    copied to the experts.
 
     The experts themselves are not modified, so other threads may read them, and attributes set by those threads are
-    kept. A graph cannot contain a different object, so the experts themselves are used during tracing.
-    `torch.func.functional_call` is not suitable: it replaces only tensors, and it calls hooks, which must run only for
-    the whole forward pass.
+    kept. A traced graph cannot use a stand-in, so tracing uses the experts themselves. `torch.func.functional_call` is
+    not suitable, because it replaces only tensors and also calls the experts' hooks, which must run only for the
+    forward pass as a whole.
     """
     if torch.compiler.is_compiling():
         with hold_local_shards(experts, experts.sharding):
@@ -65,7 +65,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """Context manager that makes a module hold this rank's part of its tensors and report local expert counts."""
+    """Context manager in which a module holds this rank's part of its tensors and reports local expert counts."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:
@@ -79,8 +79,8 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Yield a tuple for each sharded tensor or size of a module: the dict that contains it, its name in the dict, and
-    its local value."""
+    """For each sharded tensor or size of a module, yield the dict that contains it, its name in the dict, and its local
+    value."""
     dims, local_dims = sharding.expert_dims, sharding.local_dims
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):
@@ -94,7 +94,7 @@ def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def get_local_shard(whole: Any, sharding: ExpertSharding) -> Tensor:
-    """Return this rank's part of a sharded parameter, or of a buffer that every rank stores for all experts."""
+    """Return this rank's part of a sharded parameter, or of a buffer that covers all experts on every rank."""
     if isinstance(whole, DTensor):
         part = whole.to_local()
         return part if sharding.gradient_factor == 1 else _ScaleGradient.apply(part, sharding.gradient_factor)

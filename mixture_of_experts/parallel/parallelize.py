@@ -1,4 +1,4 @@
-"""Defines a version of `parallelize_module` that checks on all ranks that every plan key matches a submodule."""
+"""Defines a `parallelize_module` that raises an error on all ranks if a plan key does not match any submodule."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def parallelize_module(
     Args:
         module: the model to modify in place.
         device_mesh: a 1-D mesh.
-        parallelize_plan: a parallel style, or a dict from submodule names (such as `layers.*.ffn`) to styles.
+        parallelize_plan: a parallel style, or a dict that maps submodule names (such as `layers.*.ffn`) to styles.
         src_data_rank: the mesh rank whose parameters are sent to all ranks, or None to keep each rank's own parameters.
 
     Raises:
-        ValueError: a plan key does not match any submodule, or a layer cannot be sharded. The message names the key or
-            layer.
+        ValueError: a plan key does not match any submodule, or a layer cannot be sharded. The error message names the
+            key or layer.
     """
     plan = parallelize_plan if isinstance(parallelize_plan, dict) else {"": parallelize_plan}
     check_mesh(device_mesh)
@@ -55,7 +55,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
         if not found:
             names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
             raise ValueError(
-                f"plan key {key!r} does not match any submodule of {type(module).__name__}; available names are {names}"
+                f"plan key {key!r} does not match any submodule of {type(module).__name__}; choose from {names}"
             )
         if not isinstance(style, ExpertParallel):
             continue

@@ -15,12 +15,12 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
     gates.
 
     If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` also casts the gate's
-    weights. In a router that chooses 8 of 64 experts, this changes the set of chosen experts for 0.9 % of the tokens. A
-    gate that is a separate unit keeps the dtype of its weights.
+    weights. In a router that chooses 8 of 64 experts, the cast changes the set of chosen experts for 0.9% of the
+    tokens. A gate that is a separate unit keeps the dtype of its weights.
 
     Args:
-        model: a model that contains layers of this package.
-        options: keyword arguments of `fully_shard`, such as `mesh`, except for `mp_policy`.
+        model: a model that contains layers from this package.
+        options: keyword arguments to pass to `fully_shard`, such as `mesh`. `mp_policy` is not accepted.
 
     Example:
         >>> import torch

@@ -1,12 +1,11 @@
-"""Defines experts that are sharded over ranks. The class of sharded experts derives from the original class and keeps
-both of its interfaces.
+"""Defines experts that are sharded over ranks. Their class is derived from the original class and keeps its interfaces.
 
 An `ExpertSharding` describes which experts are local to a rank. In the forward pass, tokens are sent to the ranks that
 own their experts (see `exchange.py`). The experts' own code then runs as if the module contained only this rank's
 experts.
 
-Axes: e (experts on all ranks, `*e`, one or two dimensions, of which the first is divided), l (experts per rank), s
-(slots per expert), r (rows).
+Axes: e (experts on all ranks; `*e` has one or two dimensions, and the first is sharded), l (experts per rank), s (slots
+per expert), r (rows).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SEVERAL_BATCHES = "sharded experts compute the rows of several batches together"
 
 
 class ShardedExperts(nn.Module):
-    """Base class that `make_sharded_class` combines with an expert class to shard its experts over ranks."""
+    """Base class that `make_sharded_class` combines with an expert class to shard experts over ranks."""
 
     sharding: ExpertSharding
     local_class: type[nn.Module]
@@ -47,9 +46,9 @@ class ShardedExperts(nn.Module):
         """Map tokens `(t, d)` to `(t, o)` if `assignments` is passed, and otherwise map slots `(*e, s, d)` to
         `(*e, s, o)`.
 
-        This is a collective operation, so all ranks of the mesh must call it. If the call is dropless and the experts
-        accept rows, rows are exchanged. Otherwise, slots are exchanged. This decision does not depend on the batch,
-        which differs between ranks.
+        This is a collective operation, so all ranks of the mesh must call it. Rows are exchanged if routing is dropless
+        and the experts accept rows. Otherwise, slots are exchanged. This decision does not depend on the batch, which
+        differs between ranks.
         """
         reject_batch_invariance(SEVERAL_BATCHES)
         if assignments is None:
@@ -71,7 +70,7 @@ class ShardedExperts(nn.Module):
         dims = sharding.expert_dims
         if x.ndim != len(dims) + 2 or tuple(x.shape[: len(dims)]) != dims:
             raise ValueError(
-                f"{type(self).__name__} expects the slots of all experts, with shape (*{dims}, s, d), got "
+                f"{type(self).__name__} expects the slots of all experts, with shape (*{dims}, s, d), but got "
                 f"{tuple(x.shape)}"
             )
         x = x.to(self._dtype_of_tokens(x))
@@ -86,7 +85,7 @@ class ShardedExperts(nn.Module):
         return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """Compute slots `(*l, s, d)`, or rows and their counts, with this rank's experts. The experts' hooks are not
+        """Apply this rank's experts to slots `(*l, s, d)`, or to rows with their counts. The experts' hooks are not
         called here, because they apply to the whole forward pass."""
         local: Any = self.local_class
         with use_local_experts(self) as here:
@@ -112,7 +111,7 @@ class ShardedExperts(nn.Module):
         return twin
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict. Whole stacks saved by a single process are reduced to this rank's part."""
+        """Load a state dict. Unsharded tensors saved by a single process are reduced to this rank's part."""
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole: Any = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):

@@ -1,6 +1,6 @@
 """Defines `ExpertSharding`, which describes how a layer's experts are sharded over ranks.
 
-Axes: e (experts on all ranks, `*e`, one or two dimensions, of which the first is divided).
+Axes: e (experts on all ranks; `*e` has one or two dimensions, and the first is sharded).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class ExpertSharding:
     Attributes:
         mesh: 1-D mesh of the ranks that share the experts.
         expert_dims: `*e`, the total number of experts in each dimension.
-        gradient: how the losses of all ranks are reduced for expert gradients, "mean" or "sum".
+        gradient: "mean" or "sum". Expert gradients are computed for the mean or the sum of all ranks' losses.
         static_shapes: whether the number of slots is always the same on all ranks.
-        sharded_names: names of the sharded parameters, and of the buffers from which experts read only the local part.
+        sharded_names: names of the sharded parameters, and of the buffers from which each rank reads only its own part.
         shared_batch: 1-D mesh of ranks that hold the same tokens and each send a part of them, or None if no tokens are
             shared.
     """
@@ -50,7 +50,7 @@ class ExpertSharding:
 
     @property
     def gradient_factor(self) -> float:
-        """The factor that scales expert gradients, which are computed as sums over the losses of all ranks."""
+        """The factor by which to scale expert gradients, which are first computed for the sum of all ranks' losses."""
         return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 
     @property

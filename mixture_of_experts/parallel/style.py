@@ -25,7 +25,7 @@ RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")
 
 
 class ExpertParallel(ParallelStyle):
-    """A parallel style that shards the experts of a `MoE` or `HeirarchicalMoE` layer over the ranks of a 1-D mesh.
+    """A parallel style that shards the experts of an `MoE` or `HeirarchicalMoE` layer over the ranks of a 1-D mesh.
 
     Stacked expert parameters become DTensors that are sharded along the expert dimension. In two-level layers, this is
     the outer expert dimension. Parameter names in the state dict do not change. All other parts of the layer (gates,
@@ -34,15 +34,15 @@ class ExpertParallel(ParallelStyle):
     With latent experts (`LatentExperts`), tokens are exchanged in the latent dimension.
 
     Args:
-        gradient: how the losses on which the ranks call `backward` are reduced for expert gradients, "mean" or "sum".
-            Use "mean" if other gradients are averaged, as in DDP and FSDP2.
+        gradient: "mean" or "sum". Expert gradients are computed for the mean or the sum of the losses on which the
+            ranks call `backward`. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
         static_shapes: whether batches always have the same shape on all ranks. With limited capacity, this setting
             avoids a size exchange and its host sync. Dropless routing always requires both.
-        batch_group: the ranks that share the batch, as a process group or 1-D mesh. Gates compute their losses over
-            these ranks. By default, gates without a process group use that of the mesh. With data parallelism, pass a
+        batch_group: a process group or 1-D mesh of the ranks that share the batch. Gates compute their losses over
+            these ranks. By default, gates without a process group use the mesh's group. With data parallelism, pass a
             group that spans the expert-parallel and data-parallel ranks.
-        replicated: names of expert parameters and buffers that are not stacked over experts although their shape
-            suggests it, such as a bias `(d,)` that all experts share if d = e.
+        replicated: names of expert parameters and buffers that are not stacked over experts even though their shape
+            suggests it, such as a bias `(d,)` that all experts share, where d happens to equal e.
 
     Raises:
         ValueError: the mesh is not 1-D, its size does not divide the number of experts, or the ranks have different
@@ -71,8 +71,8 @@ class ExpertParallel(ParallelStyle):
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """Return how a layer's experts would be sharded, without modifying the layer. Raise an error if the experts
-        cannot be sharded."""
+        """Return the `ExpertSharding` of a layer without modifying the layer. Raise an error if the experts cannot be
+        sharded."""
         dims, experts = check_layer(module, mesh)
         stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
@@ -110,8 +110,8 @@ def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 def check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"ExpertParallel requires a 1-D mesh, got a mesh with {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice "
-            "the mesh, as in mesh['ep']"
+            f"ExpertParallel requires a 1-D mesh, but got a {mesh.ndim}-D mesh with dimensions {mesh.mesh_dim_names}; "
+            "select one dimension, for example with mesh['ep']"
         )
 
 
@@ -144,7 +144,7 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
             f"{dims[0]} {outer}experts cannot be divided evenly among {mesh.size()} ranks; use a multiple of "
-            f"{mesh.size()}, or a smaller mesh"
+            f"{mesh.size()} experts, or a smaller mesh"
         )
 
 
@@ -170,19 +170,17 @@ def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[
 
 
 def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """Return the names of parameters and buffers that are stacked over experts, which means that their leading
-    dimensions are `dims`."""
+    """Return the names of parameters and buffers that are stacked over experts, that is, whose leading dimensions are
+    `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
     if unknown := set(replicated) - tensors.keys():
-        raise ValueError(
-            f"replicated contains {sorted(unknown)}, but the experts have only the tensors {sorted(tensors)}"
-        )
+        raise ValueError(f"replicated contains {sorted(unknown)}, but the experts' only tensors are {sorted(tensors)}")
     names = {name for name, tensor in tensors.items() if tuple(tensor.shape[: len(dims)]) == dims} - set(replicated)
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} must have parameters whose first dimensions are {dims}, the expert dimensions, "
+            f"{type(experts).__name__} must have parameters whose first dimensions are the expert dimensions {dims}, "
             f"got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the unquantized model"
         )
     return frozenset(names)

@@ -73,7 +73,7 @@ def diagnose_gate(
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Return a bool mask, shaped like the load, of the experts that compute some tokens, but far fewer than chance can
+    """Return a bool mask in the load's shape. It marks experts that compute some tokens, but far fewer than chance can
     explain."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())

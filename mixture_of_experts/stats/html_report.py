@@ -1,7 +1,7 @@
 """Renders the HTML report of `RoutingStats.report`, which shows the routing decisions of a model's gates.
 
-The report is a single file with embedded figures and styles. The template of the report is `report.html`. Gate names
-are escaped when they are inserted.
+The report is a single file with embedded figures and styles, rendered from the template `report.html`. Gate names are
+HTML-escaped.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def render_page(
 
     Args:
         name: title of the report.
-        cells: rows of the table, each as a dictionary from column header to cell text.
-        notes: the warnings about each gate.
+        cells: rows of the table, each a dictionary that maps column headers to cell text.
+        notes: warnings about each gate, keyed by gate name.
         overview: figures that show all gates, keyed by title.
-        over_steps: a figure of each drawn gate over the steps, keyed by gate name.
+        over_steps: figures that show a single gate over the steps, keyed by gate name.
         left_out: a sentence about the gates that are not drawn.
     """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Plots the decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
+"""Plots the routing decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
 
 The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). The colormap is
 colorblind-safe and print-friendly.
 
-Axes: e (experts, in outer-major order on a second level), s (steps).
+Axes: e (experts, in outer-major order on the second level of a hierarchy), s (steps).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_axes(width: float, height: float) -> Axes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots require matplotlib: pip install matplotlib, or install mixture_of_experts with its 'plot' extra"
+            "plots require matplotlib; install matplotlib, or install mixture_of_experts with its 'plot' extra"
         ) from error
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
@@ -86,8 +86,8 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the boundaries of the steps.
-    Horizontal lines separate blocks of `num_inner` experts."""
+    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the step boundaries. Horizontal
+    lines separate blocks of `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(
         edges, y, loads.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).numpy(), rasterized=True, **make_load_colormap()

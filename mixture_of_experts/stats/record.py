@@ -1,4 +1,4 @@
-"""Defines `Record`, the statistics of a gate's decisions in one or more steps.
+"""Defines `Record`, which holds the statistics of a gate's decisions over one or more steps.
 
 Each statistic is an attribute of `Record`. `measure_routing` measures a forward pass, `make_record` aggregates forward
 passes, and `format_cells` formats the result.
@@ -20,39 +20,40 @@ from torch.nn.functional import pad
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.losses import count_expert_load
 
-NUM_SUMS = 8  # number of scalars that are summed over forward passes
+NUM_SUMS = 8  # number of scalar statistics that are summed over forward passes
 
 
 @dataclass(frozen=True)
 class Record:
-    """The routing statistics of one gate over one or more steps. Masked tokens are not counted. The mean over an empty
-    set is 0.
+    """The routing statistics of one gate over one or more steps. Masked tokens are not counted. Means over empty sets
+    are 0.
 
     Attributes:
         layer: path of the gate in the model.
-        step: step number, starting at 0, or -1 for all steps together.
-        forwards: number of forward passes of the gate in this record.
-        losses: the gate's losses without coefficients, keyed by name (such as "balance" and "z") and averaged over
-            forward passes.
+        step: step number, starting at 0, or -1 if the record combines all steps.
+        forwards: number of the gate's forward passes in this record.
+        losses: the gate's losses before coefficients are applied, keyed by name (such as "balance" and "z") and
+            averaged over forward passes.
         tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
             choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.
-        requested: number of choices of each expert before capacity is applied, in the same shape as `load`.
+        requested: number of times that each expert is chosen before capacity is applied, a tensor of the same shape as
+            `load`.
         choices_per_token: mean number of choices per token before capacity is applied. This number varies for routers
             such as `TopPGating`.
         imbalance: ratio of the maximum to the mean number of requests per expert in a token group, averaged over
-            groups. 1 is balanced. If each sequence favors different experts, `requested` looks balanced, but
-            `imbalance` does not.
+            groups. A value of 1 means a balanced load. If each sequence favors different experts, `requested` looks
+            balanced, but `imbalance` does not.
         worst_imbalance: the largest imbalance of any group.
         load: number of choices that each expert computes, an int64 tensor of shape `(e,)`. On the second level of a
-            hierarchy, its shape is `(eo, ei)`, with one entry for each expert of the layer.
+            hierarchy, its shape is `(eo, ei)`, with one entry for each expert in the layer.
         dropped: fraction of the requested choices that were dropped because their expert had no free slot.
-        unavoidable: fraction of the requested choices that exceed the total slots of their token group and would be
-            dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots per token
-            for 2 choices, so it drops some choices even if the load is balanced.
-        unseen: fraction of the tokens that are not computed by any expert.
+        unavoidable: fraction of the requested choices that exceed the total number of slots in their token group and
+            would be dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots
+            per token for 2 choices, so it drops some choices even if the load is balanced.
+        unseen: fraction of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats, from 0 (certain) to ln(e) (uniform).
-        confidence: mean over tokens of the largest probability.
+        confidence: largest probability of a token, averaged over tokens.
     """
 
     layer: str
@@ -74,21 +75,22 @@ class Record:
 
     @property
     def relative_load(self) -> Tensor:
-        """`load` divided by its mean, in float64. A value of 1 means a balanced load, and 0 means that the expert got
-        no tokens."""
+        """`load` divided by its mean, in float64. A value of 1 means a balanced load, and 0 means that the expert
+        received no tokens."""
         return relative(self.load)
 
     @property
     def relative_requested(self) -> Tensor:
         """`requested` divided by its mean, in float64.
 
-        Router collapse is visible here, but not in `load`, which capacity evens out.
+        Router collapse is visible here, but not in `load`, because capacity evens out the load.
         """
         return relative(self.requested)
 
     @property
     def dead(self) -> list[Any]:
-        """Indices of the experts that computed no tokens, or (outer, inner) pairs on a second level."""
+        """Indices of the experts that computed no tokens, or (outer, inner) pairs on the second level of a
+        hierarchy."""
         index = (self.load == 0).nonzero()
         return index.flatten().tolist() if self.load.ndim == 1 else index.tolist()
 
@@ -152,9 +154,9 @@ def count_measurements(shape: Sequence[int]) -> int:
 
 
 def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
-    """Measure one forward pass on its device, without a host sync. Returns `(w,)` float32: the largest imbalance, the
-    sums, and the requests and load of each expert. A token takes part in routing if it is not padding and makes a
-    choice.
+    """Measure one forward pass on its device, without a host sync. Returns a float32 tensor of shape `(w,)`: the
+    largest imbalance, `NUM_SUMS` sums, and the requests and load of each expert. A token takes part in routing if it is
+    not padding and makes a choice.
     """
     e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
     requested, load = routing.queue_length, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
@@ -210,7 +212,7 @@ def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Ten
 
 
 def get_computed_mask(routing: Routing) -> Tensor:
-    """Return a `(..., b, n)` bool mask of the tokens that an expert computes."""
+    """Return a `(..., b, n)` bool mask of the tokens that at least one expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
     zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Stores the most recent forward passes of each gate in a ring buffer on the gate's device, with one row per pass.
 
-A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
-design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
+A forward hook on each gate reduces its `Routing` to one short row and writes the row into the ring buffer in place.
+This design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
 Recomputation under activation checkpointing is not recorded, because it runs outside of a forward pass of the tracked
 model. Each forward pass keeps its state in its own `TrackedCall`, so threads do not interfere.
 """
@@ -40,7 +40,7 @@ class TrackedCall(ForwardCall):
 
 @dataclass(eq=False)
 class ForwardCounter(ForwardWatch):
-    """Numbers the forward passes of the tracked model, and discards the rows of passes that raised an error.
+    """Assigns numbers to the tracked model's forward passes, and discards the rows of passes that raised an error.
 
     Args:
         when: which forward passes to record, as in `track_routing`.
@@ -49,11 +49,10 @@ class ForwardCounter(ForwardWatch):
     when: str
     buffers: list[GateRingBuffer] = field(default_factory=list)
     was_called: bool = False
-    thread_id: int = field(default_factory=threading.get_ident)  # id of the thread that entered the context
+    thread_id: int = field(default_factory=threading.get_ident)  # ID of the thread that entered the context
 
     def stop_recording(self) -> None:
-        """Stop recording. A compiled graph keeps its hooks, but it is recompiled because `when` is one of its
-        guards."""
+        """Stop recording. A compiled graph keeps its hooks, but is recompiled because it guards on `when`."""
         self.when = "never"
 
     def is_recorded(self, module: nn.Module) -> bool:
@@ -81,10 +80,10 @@ class ForwardCounter(ForwardWatch):
 
 
 class PartForwards(ForwardWatch):
-    """Records forward passes of a submodule that run outside the tracked model's forward, such as when `generate` calls
+    """Records forward passes of a submodule outside the tracked model's forward pass, for example when `generate` calls
     `model.encoder`.
 
-    Within a forward pass of the tracked model, the submodule's forward belongs to that pass.
+    While the tracked model's forward pass is running, the submodule's forward pass counts as part of it.
     """
 
     def __init__(self, forwards: ForwardCounter) -> None:
@@ -112,7 +111,8 @@ def hold_write_lock() -> AbstractContextManager[Any]:
 @dataclass(eq=False)
 class GateRingBuffer:
     """The most recent rows of one gate. A row stores the losses and statistics in float32, which is exact for up to 16
-    million choices per forward pass. A row's step number and forward number are int64, so runs can have any length.
+    million choices per forward pass. A row's step number and forward-pass number are int64, so runs can have any
+    length.
 
     Attributes:
         loss_names: names of the losses.
@@ -152,8 +152,8 @@ class GateRingBuffer:
         self.loss_names = losses
 
     def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
-        """Append the row of a forward pass. `torch.compile` traces this method, so it only modifies tensors in
-        place."""
+        """Append the row of a forward pass. This method only modifies tensors in place, because `torch.compile` traces
+        it."""
         self.store_loss_names(tuple(routing.losses))
         if not self.counter.is_recorded(gate):
             return
@@ -179,19 +179,19 @@ class GateRingBuffer:
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
         """Return every stored step if `by_steps` is True, and every forward pass otherwise, from oldest to newest. Each
-        item contains the step or forward number, and the rows `(forwards, width)` in float64 on the CPU."""
-        call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
+        item contains the number of the step or forward pass, and the rows `(forwards, width)` in float64 on the CPU."""
+        call_stack.current_call(self.counter)  # detects interrupted forward passes in this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
         numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
-        rows = rows[numbers.argsort(stable=True)]  # threads write their rows in any order
+        rows = rows[numbers.argsort(stable=True)]  # threads may write their rows in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
         # once rows have been overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """Combine several steps into one record, which has the number of the first step."""
+        """Combine several steps into one record with the first step's number."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

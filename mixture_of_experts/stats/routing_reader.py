@@ -1,8 +1,8 @@
 """Reads the routing decisions of a model's gates, including routers from other libraries, during a forward pass.
 
-Most routers from other libraries return `(logits, weights, experts)` for flattened tokens. If a router returns less,
-its choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
-which tokens are padding and where sequences end.
+Most routers from other libraries return `(logits, weights, experts)` for flattened tokens. If a router does not return
+its choices, they are recomputed from its logits, as described by its provider. The arguments of the enclosing model
+determine which tokens are padding and where sequences end.
 
 Axes: b (sequences), n (tokens per sequence), e (experts), k (choices per token).
 """
@@ -108,9 +108,9 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         args, kwargs: arguments to pass to the model.
 
     Returns:
-        A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, the `Routing` of
-        its last call is returned. For a router from another library, the `Routing` is constructed from the router's
-        outputs.
+        A dictionary that maps each gate's path in the model to its `Routing`. If a gate ran more than once, the
+        `Routing` of its last call is returned. For a router from another library, the `Routing` is constructed from the
+        router's outputs.
 
     Raises:
         ValueError: the model has no gate.
@@ -133,7 +133,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         model(*args, **kwargs)
     if not found:
         raise RuntimeError(
-            f"no gate of the {type(model).__name__} ran; pass the model's own arguments to routing_of, and call it "
+            f"no gate in the {type(model).__name__} ran; pass the model's own arguments to routing_of, and call it "
             "before compiling the model"
         )
     return {router.name: found[router.name] for router in routers if router.name in found}

@@ -43,13 +43,13 @@ def track_routing(
     """Context manager that records the routing decisions of every gate in `model`.
 
     The context covers all gates in `MoE` and `HeirarchicalMoE` layers, all other modules derived from `Gate`, and the
-    routers from other libraries that have a provider (see `mixture_of_experts.providers`). The gates of a layer may
-    have any class. For routers from other libraries, the attention mask determines which tokens are padding. The
-    records can be read inside the context and after it has exited.
+    routers from other libraries that have a provider (see `mixture_of_experts.providers`). A layer's gate may be of any
+    class. For routers from other libraries, the attention mask determines which tokens are padding. The records can be
+    read inside the context and after it has exited.
 
-    A step is one forward pass of `model`. If an inner model whose arguments describe the tokens is called separately,
-    that call is also a step, such as when generation calls an encoder. If you call `stats.step()` after each optimizer
-    step, all forward passes since the last such call form one step, which supports gradient accumulation.
+    A step is one forward pass of `model`. If an inner model whose arguments describe the tokens is called on its own,
+    as when generation calls an encoder, that call also counts as a step. To support gradient accumulation, call
+    `stats.step()` after each optimizer step; all forward passes since the last such call then form one step.
 
     With activation checkpointing (reentrant or not), each forward pass is recorded once. With `torch.compile`, enter
     the context before the first compiled call. Each rank records its own tokens. Forward passes in all threads are
@@ -60,14 +60,14 @@ def track_routing(
         model: the module that you call. Gates are recorded only during a forward pass of this module.
         keep: number of forward passes to keep per gate. The oldest passes are discarded.
         when: "training" or "eval" to record only forward passes in that mode, or "always" to record all.
-        gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
+        gates: the gates to record, specified as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no gate, or an argument is invalid.
-        TypeError: in a forward pass, a router returned outputs that cannot be read.
-        RuntimeError: in a forward pass, a gate ran outside of `model` and its inner models, or `model` itself ran
-            inside `torch.utils.checkpoint`. In both cases, track the module that you call. This error is also raised
-            when the records are read, if nothing was recorded.
+        TypeError: during a forward pass, a router returned outputs that cannot be read.
+        RuntimeError: during a forward pass, a gate ran outside of `model` and its inner models, or `model` itself ran
+            inside `torch.utils.checkpoint`. In both cases, track the module that you call. Reading the records also
+            raises this error if nothing was recorded.
 
     Example:
         >>> import torch
@@ -92,10 +92,11 @@ def track_routing(
 
 
 class RoutingStats:
-    """The routing records that `track_routing` collects. Reading records synchronizes with the device, unlike `step`
-    and `layers`.
+    """The routing records that `track_routing` collects. Reading records synchronizes with the device, but `step` and
+    `layers` do not.
 
-    The object can be pickled and copied. A copy contains the records so far, on the CPU, and records nothing further.
+    The object can be pickled and copied. A copy holds the existing records on the CPU, and does not record anything
+    further.
     """
 
     def __init__(self, routers: Sequence[RouterHandle], keep: int, when: TrackingMode) -> None:
@@ -110,7 +111,8 @@ class RoutingStats:
         return tuple(self._buffers)
 
     def step(self) -> None:
-        """End a step. All forward passes since the last call of `step`, or since the start, form one step.
+        """End a step. All forward passes since the last call to `step`, or since the context was entered, form one
+        step.
 
         Raises a RuntimeError if no gate hook ran or was traced, because nothing is recorded in this case.
         """
@@ -129,9 +131,7 @@ class RoutingStats:
         """Return the last step of a gate."""
         steps = self._read_steps(layer)
         if not steps:
-            raise RuntimeError(
-                f"no forward pass of {layer!r} was recorded, although forward passes of other gates were"
-            )
+            raise RuntimeError(f"no forward pass of {layer!r} was recorded, although other gates ran")
         return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:
@@ -139,7 +139,8 @@ class RoutingStats:
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """Return all stored steps of a gate as one record. The record's `dead` experts got no tokens in any step."""
+        """Return all stored steps of a gate as one record. The record's `dead` list contains experts that received no
+        tokens in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
@@ -149,12 +150,12 @@ class RoutingStats:
     def summary(self) -> str:
         """Return a table with one row per gate, aggregated over all stored steps.
 
-        The columns "requested" and "load" contain the minimum and maximum over experts, before and after capacity is
-        applied, relative to a balanced load. The column "in a group" contains the `imbalance` and `worst_imbalance` of
-        `Record`. The column "worst step" contains the highest `relative_requested` of any expert in any step, and the
-        number of that step. Lines below the table warn about dead experts, NaN probabilities, and gates whose avoidable
-        drops exceed 10 % of their choices. Further lines warn about gates that, in the last quarter of the steps,
-        requested an expert more than twice or less than a tenth as often as with a balanced load.
+        The columns "requested" and "load" contain the minimum and maximum relative load over the experts, before and
+        after capacity is applied. The column "in a group" contains the `imbalance` and `worst_imbalance` of `Record`.
+        The column "worst step" contains the highest `relative_requested` of any expert in any step, and the number of
+        that step. Lines below the table warn about dead experts, NaN probabilities, and gates whose avoidable drops
+        exceed 10% of their choices. Further lines warn about gates that, in the last quarter of the steps, requested an
+        expert more than twice as often as under a balanced load, or less than a tenth as often.
         """
         cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -177,7 +178,7 @@ class RoutingStats:
     def plot(self, layer: str | None = None, *, requested: bool = False, ax: Axes | None = None) -> Figure:
         """Draw a heat map of the experts' relative load, where 1 is balanced.
 
-        Without `layer`, the map has one row per gate, which shows its experts over all stored steps. A cross marks an
+        Without `layer`, each row of the map shows the experts of one gate over all stored steps. A cross marks an
         expert without tokens. With `layer`, the map has one row per expert and one column per step.
 
         Args:
@@ -216,8 +217,8 @@ class RoutingStats:
         """Write a self-contained HTML report of the recorded routing decisions.
 
         The report contains the table of `summary`, each gate's load over all stored steps (before and after capacity is
-        applied), and the requests for each gate's experts over the steps. If there are more than 24 gates, the report
-        draws only 24, starting with those that have warnings, and says so.
+        applied), and the requests for each gate's experts, step by step. If there are more than 24 gates, the report
+        draws only 24 of them, starting with those that have warnings, and says that others were left out.
 
         Args:
             path: path of the HTML file. An existing file is overwritten.
@@ -265,7 +266,7 @@ class RoutingStats:
 
     def _get_buffer(self, layer: str) -> GateRingBuffer:
         if layer not in self._buffers:
-            raise KeyError(f"there is no gate {layer!r}; the gates are {', '.join(map(repr, self._buffers))}")
+            raise KeyError(f"there is no gate named {layer!r}; the gates are {', '.join(map(repr, self._buffers))}")
         return self._buffers[layer]
 
     def _read_steps(self, layer: str) -> list[StepRows]:

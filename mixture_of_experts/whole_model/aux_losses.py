@@ -1,4 +1,4 @@
-"""Collects the auxiliary losses of layers inside a model that does not return them."""
+"""Collects auxiliary losses from the layers of models that do not return them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 REENTRANT_ERROR = (
-    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would get no gradient; pass "
+    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would have no gradient; pass "
     "use_reentrant=False"
 )
 
@@ -31,12 +31,12 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
     forward passes since the last `take()`. Evaluation passes and passes that raised an error are not counted.
 
     Losses are collected only from forward passes in the thread that entered the context. Other threads may enter their
-    own contexts, or run the model while the context is being entered. With `torch.compile`, enter the context before
-    the first compiled call and keep it active for the whole run, so that a single graph serves all steps.
+    own contexts, and may run the model while this context is being entered. With `torch.compile`, enter the context
+    before the first compiled call and keep it active for the whole run, so that a single graph serves all steps.
 
     Args:
         model: the module that you call.
-        gates: the gates whose layers' losses are collected, as gate names, gate modules, or layers that contain gates.
+        gates: which layers' losses to collect, specified as gate names, gate modules, or layers that contain gates.
             Default: all.
 
     Raises:
@@ -44,8 +44,8 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
         TypeError: a gate does not belong to an `MoE` or `HeirarchicalMoE` layer, because it is a standalone gate or a
             router from another library.
         RuntimeError: a forward pass would yield wrong losses, because a layer is called outside of `model` or runs
-            under reentrant checkpointing. For checkpointing implementations other than torch's, the error is raised in
-            the backward pass.
+            under reentrant checkpointing. With checkpointing implementations other than PyTorch's, the error is raised
+            during the backward pass.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router's auxiliary loss cannot be collected, or None if it can."""
+    """Return the reason why a router's auxiliary loss cannot be collected, or None if it can."""
     if router.external is not None:
         return f"its block returns no auxiliary loss; {router.external.aux_loss_remedy}"
     alone = all(location.layer is None for location in router.locations)
@@ -98,7 +98,7 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._evaluation: list[Tensor] = []  # losses of the last forward pass
+        self._evaluation: list[Tensor] = []  # losses of the last evaluation pass
 
     def take(self) -> Tensor:
         """Return the sum of all layers' auxiliary losses over all training passes since the last call, as a 0-dim
@@ -110,9 +110,9 @@ class AuxLosses:
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected. Inside the context and in its thread, call the model that was passed "
-                "to collect_aux, and then call take() once. If the model was compiled and called before, its graph has "
-                "no hooks; enter collect_aux before the first compiled call"
+                "no auxiliary loss was collected. Call the model that was passed to collect_aux inside the context and "
+                "in the same thread, and then call take() once. If the compiled model ran before the context was "
+                "entered, its graph has no hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)
         self._training.clear()
@@ -121,7 +121,7 @@ class AuxLosses:
 
 
 class AuxLossCollector(ForwardWatch):
-    """Collects the losses of layers into `aux` during forward passes of the model."""
+    """Stores the layers' losses in `aux` during the model's forward passes."""
 
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
@@ -159,7 +159,7 @@ class AuxLossCollector(ForwardWatch):
         if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(
                 f"expected {type(layer).__name__} to return (output, auxiliary loss), but got {type(output).__name__}; "
-                "drop the loss in a module that wraps the layer, not in a subclass"
+                "to drop the loss, wrap the layer in a module instead of subclassing it"
             )
         check_not_reentrant(layer)
         if not torch.compiler.is_compiling():
@@ -169,11 +169,12 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise a RuntimeError under reentrant checkpointing, because its first run disables gradients and the loss would
-    have no gradient.
+    """Raise a RuntimeError if `layer` runs under reentrant checkpointing. Reentrant checkpointing disables gradients in
+    the first forward pass, so the auxiliary loss would have no gradient.
 
     Args:
-        is_checkpointed: whether the layer is known to run under any implementation of activation checkpointing.
+        is_checkpointed: whether the layer is known to run under activation checkpointing, regardless of the
+            implementation.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return

@@ -1,7 +1,7 @@
 """Updates the expert bias of every gate in a model once per optimizer step.
 
-A rule (see `gating/bias_rules.py`) defines what is counted and how the counts change the bias. Gates of this package
-count choices themselves. For routers from other libraries, hooks count the choices that the router returns.
+A rule (see `gating/bias_rules.py`) defines what is counted and how the counts change the bias. The gates in this
+package count their own choices. For routers from other libraries, hooks count the choices that the routers return.
 
 Axes: t (tokens), k (choices per token), e (experts).
 """
@@ -44,41 +44,42 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    This function covers every `TopKGating(expert_bias=True)`, and routers from other libraries with such a bias
-    (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...). For these routers, the attention mask identifies padding.
-    Each update uses the choices of all real tokens before capacity is applied. The update covers the training forward
-    passes whose backward pass has run since the last step. Every micro-batch therefore counts exactly once, even under
-    activation checkpointing. If a gradient scaler skips a step, the bias does not change, and the choices count in the
-    next step. The bias is part of the state dict, and no other state needs to be saved after a step. Warnings are
-    issued if adapter files will lack the bias, or if the optimizer was constructed before the layers.
+    This function updates every `TopKGating(expert_bias=True)`, and every router from another library that has such a
+    bias (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...). For routers from other libraries, the attention mask
+    identifies padding. Each update uses the choices of all real tokens before expert capacity is applied. The update
+    covers the training forward passes whose backward pass has run since the last step. Every micro-batch therefore
+    counts exactly once, even under activation checkpointing. If a gradient scaler skips a step, the bias does not
+    change, and the choices are counted in the next step instead. The bias is part of the state dict, and no other state
+    needs to be saved after a step. A warning is issued if adapter files would not include the bias, or if the optimizer
+    was constructed before the layers.
 
     Args:
-        model: the model, before it is wrapped in DDP or `torch.compile`. DDP then does not synchronize the counts of
-            the ranks.
-        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        model: the model, before it is wrapped in DDP or `torch.compile`, so that DDP does not synchronize the counts
+            across ranks.
+        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
         rule: how to update the bias. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
             "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves the bias toward the
-            value that would have balanced these tokens (Kimi K3, section 2.3.3), and requires scores between 0 and 1.
-            You can also pass a rule instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a custom
-            rule.
+            value that would have balanced the counted tokens (Kimi K3, section 2.3.3), and requires scores between 0
+            and 1. You can also pass a rule instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a
+            custom rule.
         rate: step size of the updates. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may
             change `balancing.rate` later. A rate of 0 freezes the bias, as DeepSeek-V3 does at the end of training.
-        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+        group: the ranks that hold these gates. Counts are summed over these ranks. Default: all ranks if
             `torch.distributed` is initialized, regardless of the gates' `process_group`. All ranks in the group must
-            take the step.
+            take the same optimizer steps.
 
-        gates: the gates to balance, as gate names, gate modules, or layers that contain gates. Default: all gates with
-            an expert bias. `balancing.gates` lists the names of the selected gates.
+        gates: the gates to balance, specified as gate names, gate modules, or layers that contain gates. Default: all
+            gates with an expert bias. `balancing.gates` lists the names of the selected gates.
 
     Returns:
-        An object that stops the balancing when `close()` is called. The object can also be used as a context manager.
+        An object whose `close()` method stops the updates. It can also be used as a context manager.
 
     Raises:
         TypeError: a gate in `gates` has no expert bias, or a router from another library has an expert bias but does
             not return its choices and their weights.
         ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate. The
-            "quantile" rule does not support routers from other libraries, or gates that choose experts in groups, by a
-            function or by token ids, or that make fewer than k choices for some tokens.
+            "quantile" rule does not support routers from other libraries, gates that choose experts by group, by
+            function or by token id, or gates that make fewer than k choices for some tokens.
 
     Example:
         >>> import torch
@@ -150,7 +151,8 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """Updates the bias of a gate of this package. The gate counts according to `rule` until `hooks` are closed.
+    """Updates the bias of a gate from this package. Until `hooks` are closed, the gate counts its choices according to
+    `rule`.
 
     If a gate has several updaters, only the newest one changes the bias. When this updater is closed, the newest
     remaining one takes over.
@@ -196,8 +198,8 @@ class ExternalBiasUpdater:
         self.external: Any = router.external
         if missing := {"weights", "experts"}.difference(self.external.returns):
             raise TypeError(
-                f"balance_experts does not support {router.name!r} ({router.class_name}), because it does not return "
-                f"{' and '.join(sorted(missing))}, so its choices cannot be counted; {self.external.remedy}"
+                f"balance_experts cannot count the choices of {router.name!r} ({router.class_name}), which does not "
+                f"return {' and '.join(sorted(missing))}; {self.external.remedy}"
             )
         self.external.check_rule(rule, router.name)
         self.hook_target: nn.Module = router.hook_target
@@ -216,7 +218,7 @@ class ExternalBiasUpdater:
 
     @property
     def bias(self) -> Any:
-        """The bias. Moving the model replaces this tensor."""
+        """The bias. Moving the model to another device replaces this tensor."""
         return self.external.expert_bias
 
     @property
@@ -226,7 +228,7 @@ class ExternalBiasUpdater:
 
     @property
     def counts(self) -> Tensor:
-        if self.accumulated_counts.device != self.bias.device:  # the model was moved
+        if self.accumulated_counts.device != self.bias.device:  # the model was moved to another device
             self.accumulated_counts = self.accumulated_counts.to(self.bias.device)
         return self.accumulated_counts
 
@@ -245,7 +247,7 @@ class ExternalBiasUpdater:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router that counts the choices `(t, k)` of real tokens. The choices are counted when the
+        """Forward hook that counts a router's choices `(t, k)` for real tokens. The choices are counted when the
         gradient of the router weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None

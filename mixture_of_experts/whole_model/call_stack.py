@@ -1,11 +1,11 @@
-"""Tracks forward passes. Each running call of a model is visible only to its own thread, and `ForwardWatch` reports
+"""Tracks forward passes. Each running call to a model is visible only in its own thread, and `ForwardWatch` reports
 when a forward pass begins and how it ends.
 
 The losses, masks and statistics of a forward pass are not stored on modules or globally. Instead, they are stored in a
-`ForwardCall` on a stack of the thread that runs the pass. Compiled graphs read this stack and install guards on it.
-Activation checkpointing reruns modules during the backward pass, which runs in another thread on a GPU. Recomputation
-does not see the calls that were running when the backward pass began. `activate_calls` provides a recomputation with
-its own calls.
+`ForwardCall` on a stack that belongs to the thread running the pass. Compiled graphs read this stack and install guards
+on it. Activation checkpointing reruns modules during the backward pass, which PyTorch runs in another thread on GPUs. A
+recomputation does not see the calls that were running when the backward pass began. Use `activate_calls` to make
+specific calls visible to it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mixture_of_experts.support.private_torch import get_backward_id
 
 
 class ForwardCall:
-    """One forward pass of a module. Subclasses add information about the pass and the values that it collects. An
-    instance of this base class marks a thread that collects or records while no forward pass is running."""
+    """One forward pass of a module. Subclasses add information about the pass and the values collected during it. An
+    instance of this base class marks a thread as collecting or recording even while no forward pass is running."""
 
-    keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of these keys
+    keys: Sequence[Hashable] = ()  # `current_call` finds the call under any of these keys
     replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's arguments
-    watch: ForwardWatch | None = None  # watch that is notified when the call ends
-    frame: FrameType | None = None  # frame in which the call runs; None in a traced graph
-    backward_id: int | None = None  # id of the backward pass in which the call runs; None in a traced graph
+    watch: ForwardWatch | None = None  # the watch to notify when the call ends
+    frame: FrameType | None = None  # the frame in which the call runs; None in a traced graph
+    backward_id: int | None = None  # ID of the backward pass in which the call runs; None in a traced graph
 
 
 class CallStacks(threading.local):
@@ -46,9 +46,9 @@ CALL_STACKS = CallStacks()
 
 
 def push_call(call: ForwardCall, *keys: Hashable) -> None:
-    """Make a call current for all its keys until `pop_call` removes it.
+    """Make `call` the current call for each of `keys` until `pop_call` removes it.
 
-    Hooks call this function. The frame that called the hook is the frame in which the forward pass runs.
+    Hooks call this function, and the forward pass runs in the frame that called the hook.
     """
     call.keys = keys
     if not torch.compiler.is_compiling():
@@ -61,7 +61,8 @@ def push_call(call: ForwardCall, *keys: Hashable) -> None:
 
 
 def pop_call(key: Hashable) -> Any:
-    """End the innermost call of `key` for all its keys. Return the call, or None if there is none."""
+    """End the innermost call for `key`, and remove it from all of its keys. Return the call, or None if there is
+    none."""
     calls = CALL_STACKS.calls.get(key)
     if not calls:
         return None
@@ -80,9 +81,9 @@ def remove_call(call: ForwardCall) -> None:
 
 
 def current_call(key: Hashable) -> Any:
-    """Return the innermost running call of `key` in this thread, or None if there is none.
+    """Return the innermost running call for `key` in this thread, or None if there is none.
 
-    Inside a backward pass, calls that began outside of it are ignored, because only recomputations run there.
+    During a backward pass, only recomputations run, so calls that began outside of this pass are ignored.
     """
     calls = active_calls(key)
     if not calls:
@@ -93,7 +94,7 @@ def current_call(key: Hashable) -> Any:
 
 @contextmanager
 def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
-    """Context manager that makes each call current for its key."""
+    """Context manager that makes each call the current call for its key."""
     for key, call in calls:
         push_call(call, key)
         call.frame = None
@@ -105,7 +106,7 @@ def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[No
 
 
 def active_calls(key: Hashable) -> list[Any] | None:
-    """Return the running calls of `key` in this thread, innermost last.
+    """Return the running calls for `key` in this thread, innermost last.
 
     This function also removes interrupted calls whose frames are no longer on the stack, because no hook runs after a
     KeyboardInterrupt.
@@ -133,14 +134,14 @@ def is_on_stack(frame: FrameType) -> bool:
 class ForwardWatch:
     """Base class that observes the beginning and the outcome of a module's forward passes.
 
-    Hooks on the module begin a call. Until the call ends, `current_call(watch)` returns it. If a module was compiled
-    with its hooks, the compiled graph also begins and ends calls. A call ends with `on_success`, or with `on_failure`
-    if the forward pass raised an error or was interrupted. Results that count only for successful passes are kept in
-    the call until it ends, or are undone by `on_failure`.
+    Hooks on the module begin a call, and `current_call(watch)` returns this call until it ends. If the module was
+    compiled together with its hooks, the compiled graph also begins and ends calls. A call ends with `on_success`, or
+    with `on_failure` if the forward pass raised an error or was interrupted. Results that should count only if the pass
+    succeeds are either kept in the call until it ends or undone by `on_failure`.
 
     Attributes:
-        owner: if set, observe only forward passes outside of a backward pass in threads that have a running call of
-            `owner`. If None, all forward passes are observed.
+        owner: if set, a forward pass is observed only if its thread has a running call for `owner` and is not inside a
+            backward pass. If None, all forward passes are observed.
     """
 
     owner: Hashable | None = None
@@ -150,7 +151,7 @@ class ForwardWatch:
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
         """Return the call for a forward pass that is beginning, or None to ignore the pass. `current_call` finds the
-        call by this watch and by the call's `keys`."""
+        call under this watch and under each of the call's `keys`."""
         raise NotImplementedError
 
     def on_success(self, call: Any, output: Any) -> Any:

@@ -15,8 +15,8 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 
 def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Read an external router's output, and return its logits `(t, e)` or `(b, n, e)`, and its weights and experts
-    `(..., k)`.
+    """Extract the logits `(t, e)` or `(b, n, e)`, the weights `(..., k)` and the experts `(..., k)` from an external
+    router's output.
     """
     external: Any = router.external
     returns = external.returns

@@ -1,4 +1,4 @@
-"""Forces routing for benchmarks: every gate in a model sends tokens to experts that are not chosen by scores."""
+"""Forces routing for benchmarks: every gate in a model routes tokens without regard to their scores."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSelection | None = None) -> Iterator[None]:
     """Context manager that makes every gate in `model` send tokens to forced experts.
 
-    The time and memory use of a layer then depend only on shapes. Every real token makes all k choices, each for a
-    different expert. With `ReLUGating`, only choices with positive logits count. Each gate computes the weights of the
-    forced experts from their scores, with gradients. A router from another library assigns the weights of its own
+    The time and memory use of a layer then depend only on shapes. Every real token chooses k different experts. With
+    `ReLUGating`, only choices with positive logits count. Each gate still computes the forced experts' weights from
+    their scores, and gradients flow through these weights. A router from another library assigns the weights of its own
     choices to the forced experts, and also routes padding.
 
     Args:
-        model: a model whose gates accept `given_experts`. For a single gate, set its `forced` attribute instead.
-        how: "balanced" cycles through the experts, so that the numbers of real tokens per expert differ by at most one.
-            The cycle starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
-            different experts for each token from torch's random generator, like a router that is balanced on average.
-        gates: the gates to force, as gate names, gate modules, or layers that contain gates. Default: all.
+        model: a model whose gates accept `given_experts`. To force a single gate, set its `forced` attribute instead.
+        how: "balanced" cycles through the experts, so that the number of real tokens differs by at most one between
+            experts. The cycle starts with expert 0 in every call, so every decoding step uses the same experts.
+            "random" draws k different experts for each token from torch's random generator, like a router that is
+            balanced on average.
+        gates: the gates to force, specified as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
-        ValueError: `how` is not one of these values, or the model has no gate.
+        ValueError: `how` is neither "balanced" nor "random", or the model has no gate.
         TypeError: a gate does not accept `given_experts`, or a router from another library does not return its experts.
-            This error is also raised in a forward pass if such a router does not return what its provider describes.
+            This error is also raised during a forward pass if such a router does not return what its provider
+            describes.
 
     Example:
         >>> import torch
@@ -59,7 +61,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
 
 def forcing_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router cannot be forced, or None if it can."""
+    """Return the reason why a router cannot be forced, or None if it can."""
     if (external := router.external) is not None:
         returns = "experts" in external.returns
         return None if returns else f"it does not return the experts of tokens; {external.remedy}"

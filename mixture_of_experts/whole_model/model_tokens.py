@@ -1,4 +1,4 @@
-"""Uses providers to read which tokens of a model's forward pass are real, and which sequences they belong to."""
+"""Uses providers to determine which tokens in a model's forward pass are real, and which sequences they belong to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 
 
 def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return the model whose arguments describe the tokens. `modules` are nested, with the outermost module first. The
-    result is the model that a provider of these modules knows, or otherwise the outermost module."""
+    """Return the model whose arguments describe the tokens. `modules` are nested, with the outermost module first. If
+    no provider can identify this model, the outermost module is returned."""
     for provider in dict.fromkeys(each for module in modules for each in find_providers(module)):
         if (model := provider.find_enclosing_model(modules)) is not None:
             return model
@@ -23,8 +23,8 @@ def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def make_tokens_reader(model: nn.Module) -> TokensReader:
-    """Return a reader for a model's tokens. The reader comes from the provider of the model's library, or otherwise
-    from any provider that knows the model's arguments."""
+    """Return a reader for a model's tokens. The reader comes from the provider for the model's library, or else from
+    any provider that recognizes the model's arguments."""
     for provider in dict.fromkeys((*find_providers(model), *list_providers())):
         if (reader := provider.make_tokens_reader(model)) is not None:
             return reader

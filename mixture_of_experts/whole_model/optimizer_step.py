@@ -1,4 +1,4 @@
-"""Implements updates that run after each optimizer step, for the expert bias and the coefficient of ReLU routers."""
+"""Runs an update after each optimizer step. The expert bias and the ReLU routers' coefficient are updated this way."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class OptimizerStepHook(ExitStack):
         self.close()
 
     def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Transfer the responsibility for stopping the updates to a new stack, so that they continue after a `with`
+        """Move the callbacks that stop the updates to a new stack, so that the updates continue after a `with`
         block."""
         ending, handed = copy.copy(self), ExitStack()
-        super().__init__()  # this object has nothing left to undo
+        super().__init__()  # this object has no callbacks left
         handed.callback(ending.close)
         return handed
 
@@ -63,7 +63,7 @@ class OptimizerStepHook(ExitStack):
         raise NotImplementedError
 
     def sum_over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Sum the counts of all gates over the ranks, using one collective."""
+        """Sum all gates' counts over the ranks with a single collective."""
         group = ranks_of_batch(self.group)
         if not counts or world_size(group) == 1:
             return counts
@@ -98,7 +98,7 @@ def find_updatable_routers(
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer without accelerate's wrapper, because the wrapper has no hooks."""
+    """Return the optimizer inside accelerate's wrapper, because the wrapper does not support hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not hasattr(optimizer, "register_step_post_hook"):
@@ -110,16 +110,16 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn if an optimizer is missing model weights that have gradients, but contains weights from outside the model
-    that have none."""
+    """Warn if an optimizer lacks a model weight that has a gradient, but contains weights that have no gradient and are
+    not in the model."""
     optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
     missing = [
         name for name, weight in model.named_parameters() if weight.grad is not None and weight not in optimizer_weights
     ]
     if missing and any(weight.grad is None for weight in optimizer_weights.difference(model.parameters())):
         warnings.warn(
-            f"the optimizer trains tensors that the model no longer has, but not {missing[0]}; construct it "
-            "after all changes to the model, such as upcycle(), prune() or unstack()",
+            f"the optimizer trains tensors that the model no longer has, but does not train {missing[0]}; construct "
+            "the optimizer after all changes to the model, such as upcycle(), prune() or unstack()",
             stacklevel=4,
         )
 

@@ -1,6 +1,6 @@
-"""Finds the routers in a model: gates of this package, and routers from other libraries that providers describe.
+"""Finds the routers in a model: this package's gates, and routers from other libraries if a provider describes them.
 
-All features that act on whole models use this file to find routers. Modules are also found inside the wrappers of
+All features that act on whole models use this module to find routers. Modules are also found inside the wrappers of
 `torch.compile`, activation checkpointing, adapters, DDP, FSDP2 and parametrizations.
 """
 
@@ -20,7 +20,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 
-GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
+GateSelection = Iterable["str | nn.Module"]  # router names, gates or layers
 
 
 class RouterLocation(NamedTuple):
@@ -95,7 +95,7 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
     Args:
         model: the model to search.
         feature: the name of the calling function, which appears in error messages.
-        gates: the routers to select, as names, gates, or layers that contain gates. Default: all.
+        gates: the routers to select, specified as names, gates, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no router, or an element of `gates` is not one of its routers.
@@ -121,7 +121,7 @@ def check_supported(
     """Return `routers` if a feature supports all of them, or raise a TypeError otherwise.
 
     Args:
-        unsupported_reason: a function that returns why a router is not supported, or None if it is.
+        unsupported_reason: a function that returns the reason why a router is not supported, or None if it is.
     """
     reasons = {router: reason for router in routers if (reason := unsupported_reason(router)) is not None}
     if reasons:
@@ -137,17 +137,19 @@ def check_supported(
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
     """Return the routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
-        raise TypeError(f"expected `gates` of {feature} to be a list of gate names or gate modules, but got {gates!r}")
+        raise TypeError(
+            f"expected the `gates` argument of {feature} to be a list of gate names or modules, but got {gates!r}"
+        )
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for selector in selectors:
         if not any(matches_selector(router, selector) for router in routers):
             what = f"this {type(selector).__name__}" if isinstance(selector, nn.Module) else repr(selector)
             names = ", ".join(repr(name) for router in routers for name in router.names)
             raise ValueError(
-                f"`gates` of {feature} contains {what}, which is not a gate of the model; its gates are {names}"
+                f"`gates` passed to {feature} contains {what}, which is not a gate of the model; its gates are {names}"
             )
     if not selectors:
-        raise ValueError(f"`gates` of {feature} is empty; list some gates, or omit `gates` to select all of them")
+        raise ValueError(f"the `gates` argument of {feature} is empty; pass a gate, or omit it to select all")
     return [router for router in routers if any(matches_selector(router, selector) for selector in selectors)]
 
 
@@ -170,8 +172,8 @@ class NamedModule(NamedTuple):
     ancestors: tuple[nn.Module, ...]  # enclosing modules, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the
-        module itself."""
+        """Return a handle for the router that `layer` calls and that is located at `path` below this module. An empty
+        path refers to the module itself."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = find_enclosing_model((*self.ancestors, self.outermost))
@@ -195,8 +197,8 @@ def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
-    """Yield the routers that belong to a module: the routers of its parts if it is a layer or block, or the module
-    itself if it is a gate."""
+    """Yield a module's routers: the routers it calls if it is a layer or block, or the module itself if it is a
+    gate."""
     module: Any = entry.module
     if isinstance(module, HeirarchicalMoE):
         outer = module.num_experts_outer
@@ -214,7 +216,7 @@ def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) ->
 
 
 def merge_handles(first: RouterHandle, second: RouterHandle) -> RouterHandle:
-    """Merge two handles of a gate that has several locations."""
+    """Merge two handles for a gate that has several locations."""
     called = first.hook_target if first.hook_target is second.hook_target else first.gate
     locations = [each for each in dict.fromkeys((*first.locations, *second.locations)) if each.layer is not None]
     return replace(

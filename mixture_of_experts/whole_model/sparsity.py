@@ -32,24 +32,24 @@ def control_sparsity(
     """Update `l1_coef` of every `ReLUGating` in `model` after each step of `optimizer`.
 
     All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient is multiplied by `rate`
-    if the tokens of all layers make more than `mean_choices` choices on average, and divided by `rate` if they make
+    if tokens make more than `mean_choices` choices on average over all layers, and divided by `rate` if they make
     fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step because of a gradient
-    scaler, the choices count in the next step. The coefficient remains between 1e-12 and 1000. If the coefficient
-    reaches 1000 and tokens still make too many choices, a warning lists possible reasons. The check runs every 100
-    steps and synchronizes with the device.
+    scaler, the choices are counted in the next step instead. The coefficient is kept between 1e-12 and 1000. If the
+    coefficient reaches 1000 and tokens still make too many choices, a warning lists possible reasons. This check runs
+    every 100 steps and synchronizes with the device.
 
     Args:
         model: the model, before it is wrapped in DDP or `torch.compile`.
-        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
         rate: the factor by which the coefficient changes, which must be greater than 1.
-        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+        group: the ranks that hold these gates. Counts are summed over these ranks. Default: all ranks if
             `torch.distributed` is initialized, regardless of the gates' `process_group`.
 
-        gates: the gates to control, as gate names, gate modules, or layers that contain gates. Default: every
+        gates: the gates to control, specified as gate names, gate modules, or layers that contain gates. Default: every
             `ReLUGating`. `control.gates` lists the names of the selected gates.
 
     Returns:
-        An object that stops the updates when `close()` is called. The object can also be used as a context manager.
+        An object whose `close()` method stops the updates. It can also be used as a context manager.
 
     Raises:
         TypeError: a gate in `gates` is not a `ReLUGating`.
@@ -87,7 +87,7 @@ class SparsityControl(OptimizerStepHook):
 
     rate: float
     routers: list[Any]
-    num_steps: int = 0  # number of steps so far
+    num_steps: int = 0  # number of optimizer steps so far
 
     def after_step(self, step_taken: Tensor | int) -> None:
         device = self.routers[0].l1_coef.device
@@ -115,7 +115,7 @@ def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
     warnings.warn(
         f"mean_choices={', '.join(map(str, means))} cannot be reached: l1_coef is at its maximum, {MAX_L1_COEF:g}, and "
         "tokens still make more choices on average. Check that the loss includes aux_loss with loss_coef=1 and that "
-        "the router is trained. If logits are positive for half of the experts regardless of the weights, as with "
-        "tokens of mean 0, pass bias=True to the gate. Otherwise, increase mean_choices",
+        "the router is trained. If logits are positive for half of the experts regardless of the weights, which "
+        "happens if the tokens have mean 0, pass bias=True to the gate. Otherwise, increase mean_choices",
         stacklevel=2,
     )

@@ -177,11 +177,16 @@ def check_refusals() -> None:
     spreads, listed = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM) for _ in range(EXPERTS)])
     for error, where, layer, plan in (
         (r"'layers.\*.fnn' does not match .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
-        ("1-D mesh, got a mesh with 2 dimensions", mesh, model, {"layers.*.ffn": spreads}),
+        ("1-D mesh, but got a 2-D mesh with dimensions", mesh, model, {"layers.*.ffn": spreads}),
         (r"layers\.0: .* got ModuleDict", one_dimensional, model, {"layers.*": spreads}),
         ("6 experts cannot be divided evenly among 4 ranks", one_dimensional, MoE(DIM, 6), spreads),
         ("2 outer experts cannot be divided evenly among 4", one_dimensional, HeirarchicalMoE(DIM, (2, 4)), spreads),
-        (r"must have .* \(8,\), the expert", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
+        (
+            r"must have .* expert dimensions \(8,\), got",
+            one_dimensional,
+            MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)),
+            spreads,
+        ),
         (r"replicated contains \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
         ("a list of modules cannot be sharded .* stack its weights", one_dimensional, listed, spreads),
     ):

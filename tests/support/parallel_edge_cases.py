@@ -334,7 +334,7 @@ def check_more_refusals() -> None:
         parallelize_module(sharded, mesh, ExpertParallel())
     for group, error in (
         ("dp", "batch_group must be .* 1-D DeviceMesh, got 'dp'"),
-        (make_mesh(), "1-D mesh, got a mesh with 2 dim"),
+        (make_mesh(), "1-D mesh, but got a 2-D mesh with dim"),
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             ExpertParallel(batch_group=group)
