@@ -49,7 +49,7 @@ BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor,
 def run_differentiable(
     forward: ForwardFunction, backward: BackwardFunction, x: Tensor, permutation: Permutation, network: Network
 ) -> Tensor:
-    """Compute the outputs `(t, o)` of tokens x `(t, d)` with the `forward` and `backward` of an implementation.
+    """Compute the outputs `(t, o)` for tokens x `(t, d)` with an implementation's `forward` and `backward` functions.
 
     The outputs are differentiable with respect to `x`, `permutation.weight` and all tensors of the network.
     """

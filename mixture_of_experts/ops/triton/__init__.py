@@ -33,7 +33,7 @@ MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why the kernels are not used for a call, or None if they are.
+    """Return the reason why the kernels are not used for a call, or None if they are used.
 
     Either they do not support the call, or they were not requested and another implementation may be as fast.
     """
@@ -54,7 +54,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Return why the kernels are used only on request, or None if no other implementation is known to be as fast."""
+    """Return the reason why the kernels are not used by default, or None if no other implementation is known to be as
+    fast."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels support only NVIDIA GPUs"
@@ -69,14 +70,15 @@ def _not_default_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return its output `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     from mixture_of_experts.ops.triton import forward_backward  # importing triton takes a second
 
     return forward_backward.run(call)
 
 
 def _is_decoding(call: Call) -> bool:
-    """Return whether this is a decoding call with low tiles, whose products use `mma.sync` on all cards."""
+    """Return whether this is a decoding call with few rows per tile. Products of such tiles use `mma.sync` on all
+    cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 

@@ -43,8 +43,8 @@ class WeightBlockSizes(NamedTuple):
 class Schedule(NamedTuple):
     """The number of `rows` per tile, and the block sizes of each kernel.
 
-    `cost` is the estimated time per row of a full tile, relative to the highest tiles. If gated experts have two
-    weights, each weight provides half of the `n` columns.
+    `cost` is the estimated time per row of a full tile, relative to tiles with the largest number of rows. If gated
+    experts have two weights, each weight provides half of the `n` columns.
     """
 
     rows: int
@@ -68,8 +68,8 @@ def _make_half_entry(
 def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule]:
     """Return entries with tiles of 16, 32 and 64 rows.
 
-    Low tiles read weights more often. A program with m rows and 128 columns reads `1 / m + 1 / 128` elements per
-    multiplication, which matters more on cards with faster products.
+    Tiles with fewer rows read weights more often. A program with m rows and 128 columns reads `1 / m + 1 / 128`
+    elements per multiplication, which matters more on cards with faster products.
     """
     return [_make_half_entry(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
 
@@ -125,7 +125,7 @@ INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
 
 
 def get_input_precision(dtype: torch.dtype) -> str:
-    """Return "tf32" or "ieee", the precision that torch is set to use for float32 products."""
+    """Return torch's precision setting for float32 products, "tf32" or "ieee"."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
