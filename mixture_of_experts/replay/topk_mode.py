@@ -1,6 +1,6 @@
 """Records or replaces the choices of external blocks by intercepting their calls to `torch.topk`.
 
-The block's own code still computes the weights from live scores.
+The block's own code continues to compute the weights from live scores.
 
 Axes: t (tokens), e (experts), g (expert groups), k (choices per token).
 """
