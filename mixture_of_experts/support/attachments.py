@@ -1,7 +1,7 @@
-"""Manages hooks and attributes that a context sets on modules and removes on exit.
+"""Manages hooks and attributes that are set on modules within a context and removed on exit.
 
-Copies and pickles of these modules do not contain these hooks and attributes, even if they are created while the
-context is active.
+Copies and pickles of the modules do not contain these hooks and attributes, even if they are created while the context
+is active.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Attachments(ExitStack):
     `close()` or at the end of a `with` block.
 
     Other threads may run the modules at the same time. While a hook is being set or removed, torch may call it without
-    the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and do nothing in
-    such a call.
+    the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and must do nothing
+    if they are missing.
     """
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:

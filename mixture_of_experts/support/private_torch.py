@@ -49,8 +49,8 @@ def is_exporting() -> bool:
 
 
 def is_in_transform() -> bool:
-    """Return whether a `torch.func` transform (such as vmap or grad) is running outside of a traced graph. Values
-    cannot be read inside a transform."""
+    """Return whether a `torch.func` transform (such as vmap or grad) is running outside of a traced graph. Tensor
+    values cannot be read inside a transform."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -82,7 +82,7 @@ assume_constant_result(load_bundled_providers)  # traced graphs cannot import mo
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     """Reshape a tensor that has no other references. For autograd, the result is not a view.
 
-    Callers may then write `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
+    Callers can therefore use `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
     return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
     end with `_unsafe_view`.
     """
@@ -110,7 +110,7 @@ def disable_dispatch_modes() -> AbstractContextManager[Any]:
 
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
-    """Register an operator's FLOP formula with all active counters of this thread that do not have one.
+    """Register an operator's FLOP formula with all active counters in this thread that have no formula for it.
 
     Torch's `register_flop_formula` would register the formula for all counters. However, importing its module imports
     Triton, which takes a sixth of the time of importing torch.
@@ -163,13 +163,14 @@ def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) 
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise a RuntimeError if `condition` (a 0-dim bool) is False when a traced graph runs. On a GPU, this check does
-    not synchronize."""
+    """Raise a RuntimeError if `condition` (a 0-dimensional bool tensor) is False when a traced graph runs. On a GPU,
+    this check does not synchronize."""
     torch._assert_async(condition, message)
 
 
 def get_function_modes() -> list[Any]:
-    """Return the torch function modes that are active in this thread. The last mode sees each call first."""
+    """Return the torch function modes that are active in this thread. The last mode in the list intercepts each call
+    first."""
     return overrides._get_current_function_mode_stack()
 
 
@@ -233,8 +234,7 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 def disable_compilation(model: nn.Module) -> Iterator[None]:
     """Context manager that runs a model's modules without `torch.compile`, so that their hooks are called.
 
-    Unlike `torch.compiler.set_stance`, which applies to the whole process, this context manager does not affect other
-    models.
+    This context manager does not affect other models, whereas `torch.compiler.set_stance` applies to the whole process.
     """
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
@@ -378,7 +378,7 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make `DistributedDataParallel(model)` ignore these parameters and buffers, in addition to those that it already
+    """Make `DistributedDataParallel(model)` ignore the given parameters and buffers, in addition to any that it already
     ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
@@ -386,7 +386,7 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
 
 def is_in_ddp() -> bool:
     """Return whether the forward pass of a `DistributedDataParallel` module is running. Graphs that call this function
-    are retraced in another DDP module, because `id` installs a guard."""
+    are retraced when they run in another DDP module, because `id` installs a guard."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
@@ -398,8 +398,8 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     Returns:
         The names of the buffers that cannot be excluded. A buffer can only be excluded if all ranks exclude it, but
         some ranks may not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have
-        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded if a graph is `traced`, because
-        a graph traced outside of DDP is not retraced on all ranks.
+        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded while a graph is being traced,
+        because a graph traced outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

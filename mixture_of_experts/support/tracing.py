@@ -15,14 +15,16 @@ from mixture_of_experts.support.private_torch import is_exporting, is_functorch_
 
 
 def symbolic_min(first: int, second: int) -> int:
-    """Return the minimum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
+    """Return the smaller length. If a length is dynamic in an exported or compiled graph, the result is a symbolic
+    expression."""
     if isinstance(first, int) and isinstance(second, int):  # lengths are int under dynamo and symbols under exporters
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def symbolic_max(first: int, second: int) -> int:
-    """Return the maximum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
+    """Return the larger length. If a length is dynamic in an exported or compiled graph, the result is a symbolic
+    expression."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
@@ -40,8 +42,8 @@ def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Return whether a tensor's values can be read without a sync, which requires a CPU tensor outside of traces and
-    transforms."""
+    """Return whether a tensor's values can be read without a sync. This requires a CPU tensor outside of traced graphs
+    and transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
@@ -53,8 +55,7 @@ def has_data(tensor: Tensor) -> bool:
 
 
 def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
-    """Return whether the call stack above the frame `within` contains a function of torch's activation
-    checkpointing."""
+    """Return whether a function of torch's activation checkpointing is on the call stack above the frame `within`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
         if frame.f_code.co_filename == checkpoint.__file__:
@@ -70,6 +71,6 @@ def get_device_capability(device: torch.device) -> tuple[int, int]:
 
 
 def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context that disables autocast, so that operators keep the dtype of their operands."""
+    """Return a context that disables autocast, so that operators preserve the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
