@@ -1,5 +1,5 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels for a routed feed-forward network: tiling, products of rows and weights, and sums over each token's rows.
+"""Kernels for a routed feed-forward network: tiling, matrix products, and sums over each token's rows.
 
 Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, without gaps), e (experts), d (model
 dimension), h (hidden dimension), o (output dimension). In matrix products, m and n are the rows and columns of the
@@ -421,7 +421,7 @@ def weight_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute `x^T y` over each expert's rows. The result is 0 for experts without rows.
+    """Compute `x^T y` for each expert's rows. The result is 0 for experts without rows.
 
     x is loaded in the layout `(m, c)` that the matrix product uses, and the indices of gathered rows are loaded one
     iteration in advance. This allows both operands to be copied asynchronously, with as many blocks in flight as the
@@ -495,7 +495,8 @@ def bias_grads_kernel(
 
 @triton.jit
 def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
-    """Return acc plus the weighted row of assignment `index`. An assignment whose row index is `num_rows` adds 0."""
+    """Return acc plus the weighted row of assignment `index`. An assignment whose row index is `num_rows` contributes
+    0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -507,7 +508,7 @@ def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 @triton.jit
 def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum partial sums of shape `(r, blocks)` over the blocks. The sum is 0 for rows that do not exist."""
+    """Add up the partial sums `(r, blocks)` of all blocks. The sum is 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)

@@ -31,8 +31,8 @@ _SELF_CHECKS: list[SelfCheck] = []  # all instances
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
     """Return the family of a card, or None if the kernels do not support it.
 
-    A family is represented by a compute capability. All cards in a family have the same instructions as the card with
-    that capability and at least as much shared memory, so they share a schedule.
+    A family is represented by a compute capability. All cards in a family support the instructions of this capability
+    and have at least as much shared memory, so they share a schedule.
     """
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
@@ -81,11 +81,11 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 class SelfCheck:
     """Checks the kernels' results in a separate process before the first call of each kind.
 
-    If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds that have not yet passed
-    the check are disabled with a warning, because the compiler is no longer trusted. Kinds that have passed remain
-    enabled, because a recomputation must use the same implementation as its forward pass. For the same reason, an
-    out-of-memory error is also stored as a verdict, but it disables only one kind. Verdicts that would be the same if
-    the check were repeated are also saved to disk.
+    If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds of calls that have not
+    yet passed the check are disabled with a warning, because the compiler is no longer trusted. Kinds that have passed
+    remain enabled, because a recomputation must use the same implementation as its forward pass. For the same reason,
+    an out-of-memory error is also stored as a verdict, but it disables only one kind. A verdict is also saved to disk
+    if repeating the check would produce the same verdict.
 
     Args:
         kernels: name of the kernels, for use in warnings.

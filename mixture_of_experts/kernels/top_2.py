@@ -1,9 +1,10 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
 """Kernels for `Top2Gating`, and the torch operators that launch them.
 
-The kernels choose two experts for each token, and compute their weights, sums for the losses, and the gradient.
+The kernels choose two experts for each token, and compute the experts' weights, the sums for the losses, and the
+gradient.
 
-Axes: `...` (outer experts, if any), g (groups), n (tokens per group), e (experts), p (programs per group).
+Axes: g (groups, after any dimensions for outer experts), n (tokens per group), e (experts), p (programs per group).
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def choose_top_2(
 
     Args:
         logits: `(..., g, n, e)` float32, with at least one token.
-        full, active: `(..., g, n)` bool. Pass both or neither.
+        full, active: `(..., g, n)` bool; either both or neither may be None.
         uniform: `(..., g, n)` float32, required for the policy "random".
         policy, threshold, eps: the gate's settings.
     """

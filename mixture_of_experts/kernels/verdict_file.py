@@ -26,7 +26,7 @@ class VerdictFile:
     Args:
         device: device on which the kernels are checked.
         kernels: name of the kernels, as in `SelfCheck`.
-        kind: kind of call that is checked. Its `repr` must be the same in all processes.
+        kind: kind of call that is checked. The kind's `repr` must be the same in all processes.
     """
 
     def __init__(self, device: torch.device, kernels: str, kind: Hashable) -> None:
