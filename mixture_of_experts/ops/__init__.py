@@ -79,10 +79,11 @@ def use(
     """Context manager that selects the implementation of experts in all calls to `routed_ffn` and `moe_ffn`, and
     controls whether routers and queues use Triton kernels.
 
-    "auto" selects the fastest implementation for each call. With "batch_invariant", a token's output from a dropless
-    layer on a CPU is bitwise identical in every batch. This includes the router and the shared expert. If any part of a
-    layer is not known to be batch-invariant, an error is raised before anything is computed. All other names are
-    ignored for lists of modules, quantized experts, and any other experts that these implementations do not support.
+    "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU,
+    including its router and shared expert, computes bitwise identical outputs for a token in any batch. If any part of
+    a layer is not known to be batch-invariant, an error is raised before anything is computed. The other
+    implementations have no effect on lists of modules, quantized experts, and any other experts that they do not
+    support.
 
     The context applies to all threads of the process, because the backward pass on a GPU runs in its own thread. If
     several contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the
@@ -96,10 +97,11 @@ def use(
             "batch_invariant" always use torch's operators.
 
     Raises:
-        ValueError: the name is unknown, or the implementation does not support a call. The message states the reason.
+        ValueError: the name is unknown, or the implementation does not support a call. The error message states the
+            reason.
         RuntimeError: a call cannot be computed. "batch_invariant" raises this error if matrix products with the
-            experts' dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises it
-            if a second derivative is computed, or if the tokens and a weight are on different GPUs.
+            experts' dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises
+            this error if a second derivative is computed, or if the tokens and a weight are on different GPUs.
 
     Example:
         >>> import torch
@@ -149,9 +151,9 @@ def prepare(
 
     When a kernel is first launched, Triton compiles it and its self-check runs. Compilation and the self-check take
     seconds in each process. This function calls the layer with random tokens of each given shape. The tokens have the
-    experts' dtype, and the layer's current mode and the caller's autocast context apply. In training mode, both a
-    forward and a backward pass are run. In eval mode, only a forward pass is run. Gradients, buffers and random number
-    generators are left unchanged, but hooks run, so call this function before wrapping or monitoring the layer.
+    experts' dtype. The layer remains in its current mode, and the caller's autocast settings apply. In training mode,
+    both a forward and a backward pass are run. In eval mode, only a forward pass is run. Gradients, buffers and random
+    number generators are left unchanged, but hooks run, so call this function before wrapping or monitoring the layer.
     Self-checks that previously ran out of memory are repeated. One call is enough for all layers with the same
     settings.
 
@@ -217,8 +219,8 @@ def routed_ffn(
         assignments: the expert assignments of the tokens.
         network: the experts' weights.
         training: whether the experts are in training mode.
-        implementations: table of implementations to use instead of `IMPLEMENTATIONS` for other kinds of networks, with
-            the same names as keys. The last implementation must support all calls.
+        implementations: for other kinds of networks, a table that is used instead of `IMPLEMENTATIONS` and has the same
+            keys. The last implementation must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -252,7 +254,8 @@ def moe_ffn(
         expert: `(t, k)` integers, the experts of each token. Ids below 0 or above e - 1 are ignored. A token may choose
             the same expert twice.
         weight: `(t, k)`, weight of each choice. The sum over choices is computed in float32 or higher precision.
-        w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need no copy.
+        w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need not be
+            copied.
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
         activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts, it may also be a

@@ -322,8 +322,7 @@ def module_for_function(activation: ActivationLike) -> Any:
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Return the reason why an implementation must call an activation instead of computing it, or None if it can
-    compute it."""
+    """Return the reason why implementations cannot compute an activation without calling it, or None if they can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

@@ -2,8 +2,8 @@
 
 Axes: t (tokens), a (assignments), d (model dimension), o (output dimension).
 
-Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled. The reference
-implementation, `plain.py`, computes second derivatives and batched gradients.
+Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled in the forward and
+backward passes. The reference implementation, `plain.py`, computes second derivatives and batched gradients.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ IS_AMD_GROUPED_GEMM_ENABLED = (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return the reason why a weight or its low-rank part has no operator, or None if all weights are supported."""
+    """Return the reason why no operator supports a weight or its low-rank part, or None if all weights are
+    supported."""
     for tensor in call.network.tensors().values():
         if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
@@ -57,9 +58,9 @@ class GroupedLayout(batched.SlotLayout):
     """Arranges rows without gaps, and uses torch's grouped product on CUDA. The permutation's table contains the end of
     each expert's rows.
 
-    Rows after the last expert's rows may contain any values. Only the last of these rows is read: assignments that have
-    no row read it and multiply it by 0. The last row is finite, because no expert fills it. If assignments without a
-    row read a token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
+    Rows after the last expert's rows may contain any values. Only the last of these rows is read. Assignments without a
+    row read this last row and multiply it by 0. The last row is finite, because no expert fills it. If assignments
+    without a row read a token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -109,7 +110,7 @@ class GroupedLayout(batched.SlotLayout):
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
-    """Return `x^T y` over each expert's rows, as `(e, p, q)`."""
+    """Return `x^T y` for each expert's rows, as `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
@@ -190,7 +191,7 @@ def no_operator_reason(*operands: Tensor) -> str | None:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two
+    """Multiplies each expert's rows by its weight, or computes `x^T y` for each expert's rows. Each of the two
     operations is part of the other's gradient."""
 
     @staticmethod
@@ -250,7 +251,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return the gradient of the weights, which is `x^T y` over each expert's rows."""
+    """Return the gradient of the weights, which is `x^T y` for each expert's rows."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):

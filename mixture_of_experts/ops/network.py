@@ -129,8 +129,8 @@ class Call(NamedTuple):
         x: `(t, d)`, tokens.
         assignments: the expert assignments of the tokens.
         network: the weights of all experts.
-        training: whether the experts are in training mode. The mode, not the grad mode, determines the implementation,
-            because a recomputation must use the same implementation as the forward pass.
+        training: whether the experts are in training mode. The training mode rather than the grad mode determines the
+            implementation, because a recomputation must use the same implementation as the forward pass.
     """
 
     x: Tensor

@@ -107,8 +107,8 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return `x^T y` over each expert's rows, as `(e, p, q)`, for x `(r, p)` and y `(r, q)`. The result is 0 for
-    experts without rows."""
+    """Return `x^T y` for each expert's rows of x `(r, p)` and y `(r, q)`, as `(e, p, q)`. The result is 0 for experts
+    without rows."""
     weight = x.new_zeros(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 

@@ -41,7 +41,7 @@ class RowLayout(ABC):
 
     @abstractmethod
     def gather_rows(self, x: Tensor) -> Tensor:
-        """Gather the rows `(r, p)` of tokens `(t, p)`, with zeros in empty rows."""
+        """Gather rows `(r, p)` from tokens `(t, p)`. Empty rows contain zeros."""
 
     @abstractmethod
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ class RowLayout(ABC):
 
     @abstractmethod
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-        """Return `x^T y` `(e, p, q)` over each expert's rows of x `(r, p)` and y `(r, q)`. The result is 0 for experts
-        without rows. The result is written to `out` if `gradients` provides preallocated memory."""
+        """Return `x^T y` for each expert's rows of x `(r, p)` and y `(r, q)`, as `(e, p, q)`. The result is 0 for
+        experts without rows. The result is written to `out` if `gradients` provides preallocated memory."""
 
     @abstractmethod
     def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Groups experts into batches, which are each computed as one product on a CPU, and groups batches into chunks that
+"""Groups experts into batches, and batches into chunks. Each batch is computed as one product on a CPU, and chunks
 reuse memory.
 
 All experts in a batched product have the same number of rows, so experts with fewer rows are padded.

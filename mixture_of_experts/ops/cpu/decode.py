@@ -5,9 +5,9 @@ d (model dimension), o (output dimension).
 
 No `Permutation` is constructed, because constructing one would take longer than computing the products for one token.
 For up to `MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. With more tokens, rows are computed expert
-by expert, and tables are Python lists. Products are passed as functions, so that this module also supports quantized
-and adapted weights. This code is used only in eval mode without gradients, because a recomputation during training must
-produce the same bits as its forward pass.
+by expert, using Python lists as lookup tables. Products are passed as functions, so that this module also supports
+quantized and adapted weights. This code is used only in eval mode without gradients, because a recomputation during
+training must produce the same bits as its forward pass.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def run(call: Call) -> Tensor:
 
 
 def prefers_row_sums(network: Network) -> bool:
-    """Return whether to compute each row's product as a weighted sum of the weight's rows. Only half-precision weights
-    are computed this way.
+    """Return whether to compute each row's product as a weighted sum of the weight's rows. Weighted sums are used only
+    for half-precision weights.
 
-    The choice depends only on the dtype and shape, so that all machines compute the same bits. It minimizes the worst
-    case on the measured CPUs. On five CPUs, with one thread and weights that are not in the caches, a weighted sum
-    takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x as long in bfloat16 (`python -m
+    The choice depends only on the dtype and shape, so that all machines compute the same bits. This choice minimizes
+    the worst case on the measured CPUs. On five CPUs, with one thread and weights that are not in the caches, a
+    weighted sum takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x as long in bfloat16 (`python -m
     experiments.cpu_constants --rows`).
     """
     weights = (*network.w_in, network.w_out)
@@ -93,7 +93,7 @@ class GatherIndices(NamedTuple):
     """Indices that gather the weight rows for r products. Each product is a weighted sum of the p rows of one expert's
     weight.
 
-    The sum reads the weight once from start to end. If there are more threads than rows, each of the weight's rows is
+    Each sum reads the weight once from start to end. If there are more threads than rows, each of the weight's rows is
     split into parts.
 
     Attributes:

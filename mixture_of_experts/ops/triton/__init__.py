@@ -1,7 +1,7 @@
 """Implements experts with Triton kernels for NVIDIA GPUs.
 
-The kernels are tested without a GPU, and a self-check runs on each card at first use. They have not been timed on any
-card, so they are used only on request; see `DEFAULT_FAMILIES`.
+The kernels are tested without a GPU, and a self-check runs on each card at first use. The kernels have not been timed
+on any card, so they are used only on request; see `DEFAULT_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows
 def unsupported_reason(call: Call) -> str | None:
     """Return the reason why the kernels are not used for a call, or None if they are used.
 
-    Either they do not support the call, or they were not requested and another implementation may be as fast.
+    Either the kernels do not support the call, or they were not requested and another implementation may be as fast.
     """
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:

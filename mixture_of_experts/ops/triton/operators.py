@@ -4,9 +4,9 @@ Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, withou
 dimension), h (hidden dimension), o (output dimension), p (input weights per expert, 2 for gated experts with separate
 weights, otherwise 1).
 
-In graphs of `torch.compile`, each operator is a single call with known shapes rather than several launches. Tile
-positions and the number of tiles are internal, so one graph supports any number of tokens. The tile height is a
-constant of the compiled program, and depends on the mean number of rows per expert.
+In `torch.compile` graphs, each operator is a single call with known shapes rather than several launches. Tile positions
+and the number of tiles are internal, so one graph supports any number of tokens. The tile height is a constant of the
+compiled program, and depends on the mean number of rows per expert.
 """
 
 from __future__ import annotations
@@ -430,7 +430,8 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """Write `x^T y` for each expert. For input weights, x is gathered. For output weights, y is gathered."""
+    """Write `x^T y` for each expert's rows. The rows of x are gathered for input weights, and the rows of y are
+    gathered for output weights."""
     experts, lines, columns = grads[0].shape
     launch_kernel(
         kernels.weight_grads,

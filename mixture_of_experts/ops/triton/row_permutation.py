@@ -23,7 +23,7 @@ ROW_TABLE_BLOCK = 128  # assignments per program
 
 
 class RowTables(NamedTuple):
-    """The outputs of the kernels. Each field has the same name as the kernels' output argument.
+    """The outputs of the kernels. Each field has the same name as the corresponding kernel argument.
 
     Attributes:
         row: `(a,)` int32, row of each assignment.

@@ -1,4 +1,4 @@
-"""Checks the kernels' results on a card before the kernels are first used there.
+"""Checks the kernels' results on a card before the kernels are first used on it.
 
 Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 
@@ -61,7 +61,7 @@ class CallKind(NamedTuple):
         transposed: whether the input weights are stored transposed, and whether the output weights are.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
-        decoding: whether only the forward is launched.
+        decoding: whether only the forward pass is launched.
         far: whether any tensor has more elements than int32 can index.
     """
 
@@ -81,7 +81,8 @@ EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # runs for each
 
 @assume_constant_result  # runs during tracing, and is not traced
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
-    """Check the kernels for one kind of call, with a mean of `mean_rows` rows per expert (None for any number).
+    """Check the kernels for one kind of call. `mean_rows` is the mean number of rows per expert, or None for any
+    number.
 
     The kind is passed as plain tuples, because graphs do not support named tuples. Return the fault found, or None.
     """
@@ -242,7 +243,7 @@ def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
     """Return a larger call that contains the tokens and experts of `call`, and the indices of these tokens and experts.
 
     The indices include the larger call's first and last tokens and experts. All weights in the larger call have more
-    than `INT32_ELEMENTS` elements. If there are many rows per expert, so do all tensors of rows.
+    than `INT32_ELEMENTS` elements. All tensors of rows exceed this size as well if there are many rows per expert.
     """
     given, device, (t, d), (e, h, o) = call.assignments, call.x.device, call.x.shape, call.network.w_out.shape
     number, k = given.weight.shape[0], given.weight.shape[0] // t
