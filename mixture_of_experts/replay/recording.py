@@ -76,7 +76,7 @@ def record_routing(
 
 
 class RoutingRecorder(ChoiceHooks):
-    """Stores the choices of gates in `records`. Created by `record_routing`."""
+    """Stores the choices of gates in `records`. Instances are created by `record_routing`."""
 
     records_weights: bool
 
@@ -101,7 +101,7 @@ class RoutingRecorder(ChoiceHooks):
         self.store_choices(point, call, expert)
 
     def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
-        """Store a gate's choices from one forward pass. They are stored as int16 if the number of experts allows it,
+        """Store a gate's choices from one forward pass. Choices are stored as int16 if the number of experts allows it,
         and as int32 otherwise."""
         sizes, mask = call.entered_gates[point.name]
         small = torch.int16 if point.num_experts < 1 << 14 else torch.int32

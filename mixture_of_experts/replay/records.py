@@ -284,8 +284,8 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
 
 
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Copy the records so that all records of a gate are views of one tensor. Files then contain only one tensor per
-    gate."""
+    """Copy the records so that all records of a gate are views of one tensor. A saved file therefore contains only one
+    tensor per gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 

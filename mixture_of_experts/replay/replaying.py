@@ -58,8 +58,8 @@ def replay_routing(
 
     Raises:
         ValueError: the model and the records differ in the number of gates, choices or experts, or a gate does not
-            accept choices. This error is raised when the context is entered. It is also raised before the first gate of
-            a forward pass if the number of sequences or tokens differs from the records.
+            accept choices. This error is raised when the context is entered. The error is also raised before the first
+            gate of a forward pass if the number of sequences or tokens differs from the records.
         TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
             pass if a block from another library does not choose with `torch.topk`.
         RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
@@ -93,7 +93,7 @@ def replay_routing(
 
 
 class RoutingReplayer(ChoiceHooks):
-    """Supplies recorded choices to the gates of a model. Created by `replay_routing`."""
+    """Supplies recorded choices to the gates of a model. Instances are created by `replay_routing`."""
 
     is_replay: ClassVar[bool] = True
     beyond: BeyondMode
@@ -233,7 +233,7 @@ class RoutingReplayer(ChoiceHooks):
 
 
 def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
-    """Check that the records match a gate. Return its choices `(b, s + 1, k)` in int64, followed by the choices'
+    """Check that the records match a gate. Return the gate's choices `(b, s + 1, k)` in int64, followed by the choices'
     weights if they were recorded. Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
