@@ -91,8 +91,8 @@ class DetachedState:
     attachments.
 
     Copying and pickling call `__getstate__`. `__getstate__` is set on the module itself, so the module's class does not
-    change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a stand-in that
-    has the stripped state.
+    change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a substitute
+    object that contains the module's state without the attachments.
     """
 
     hook_ids: set[int]

@@ -6,9 +6,10 @@ blocks together produces the same bits as multiplying each block alone. At most 
 time. The block size is found by sampling the actual function, using operands with the same dtypes, shapes and strides,
 and the same number of threads.
 
-Torch vectorizes elementwise functions, such as `sigmoid`, and rounds elements that do not fill a vector differently.
-Tensors with `GRAIN_SIZE` or more elements are split among threads, and each thread's part may end with such elements.
-Elementwise functions are therefore called with whole vectors that have fewer than `GRAIN_SIZE` elements in total.
+Torch vectorizes elementwise functions, such as `sigmoid`. The elements of a partially filled vector are rounded
+differently. Tensors with `GRAIN_SIZE` or more elements are split among threads, and each thread's part may end with a
+partially filled vector. Elementwise functions are therefore called with whole vectors that have fewer than `GRAIN_SIZE`
+elements in total.
 
 `ops.use("batch_invariant")` enables batch-invariant computation. Modules raise an error unless they are listed here or
 their class implements `variant_reason`.

@@ -132,7 +132,7 @@ def check_tensors(**values: Any) -> None:
 
 def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None:
     """Check that the tokens and the weights of `owner` are on devices of the same type. Torch does not immediately
-    reject operations that mix the meta device with other devices. It raises an error later or not at all."""
+    reject operations that mix the meta device with other devices, and raises an error later or not at all."""
     for weight in weights:
         if tokens.device.type != weight.device.type:
             raise ValueError(

@@ -182,7 +182,7 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def find_process_group(name: str) -> dist.ProcessGroup | None:
-    """Return the process group with this name, or None if this process has no such group."""
+    """Return the process group with the given name, or None if this process has no such group."""
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError):
@@ -298,7 +298,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """Return what would be lost if another module replaced this one, or None if nothing would be lost. Forward and
+    """Return what would be lost if a module were replaced by another one, or None if nothing would be lost. Forward and
     backward hooks are not lost, because `move_hooks` moves them."""
     if any(getattr(module, table) for table in STATE_HOOKS):
         return "has state-dict hooks, which depend on the names and shapes of its weights; remove them first"
@@ -366,8 +366,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Return whether the CPU natively supports matrix products in this dtype, so that torch computes them as fast as in
-    float32. Non-x86 CPUs are assumed to support all dtypes."""
+    """Return whether the CPU natively supports matrix products in the given dtype, so that torch computes them as fast
+    as in float32. Non-x86 CPUs are assumed to support all dtypes."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):

@@ -15,16 +15,16 @@ from mixture_of_experts.support.private_torch import is_exporting, is_functorch_
 
 
 def symbolic_min(first: int, second: int) -> int:
-    """Return the smaller length. If a length is dynamic in an exported or compiled graph, the result is a symbolic
-    expression."""
+    """Return the smaller of two lengths. If a length is dynamic in an exported or compiled graph, the result is a
+    symbolic expression."""
     if isinstance(first, int) and isinstance(second, int):  # lengths are int under dynamo and symbols under exporters
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def symbolic_max(first: int, second: int) -> int:
-    """Return the larger length. If a length is dynamic in an exported or compiled graph, the result is a symbolic
-    expression."""
+    """Return the larger of two lengths. If a length is dynamic in an exported or compiled graph, the result is a
+    symbolic expression."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
@@ -42,8 +42,8 @@ def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Return whether a tensor's values can be read without a sync. This requires a CPU tensor outside of traced graphs
-    and transforms."""
+    """Return whether a tensor's values can be read without a sync. The tensor must be on a CPU, and outside of traced
+    graphs and transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
