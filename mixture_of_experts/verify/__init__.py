@@ -98,7 +98,7 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
     Raises:
         AssertionError: a specified property fails, does not apply, or is not measured because a required argument is
             missing. Omit properties that do not apply. If no properties are specified, only failing properties raise an
-            error. The message gives the reason for each such property, and includes the report.
+            error. The error message includes the report, and states the reason for each of these properties.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating

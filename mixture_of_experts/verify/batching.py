@@ -178,8 +178,8 @@ def every_choice(trial: Trial) -> Deviations:
 
 
 def find_reached_weights(outcome: Outcome) -> Tensor:
-    """Return a bool mask `(w,)` that is True for weights with a nonzero gradient. Parameters with three or more
-    dimensions have one entry for each slice along the first dimension. Other parameters have one entry."""
+    """Return a bool mask `(w,)` that is True for weights with a nonzero gradient. A parameter has one entry for each
+    slice along its first dimension if it has three or more dimensions, and a single entry otherwise."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
     return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
 

@@ -152,8 +152,8 @@ class Trial:
         segment_ids: Tensor | None = None,
     ) -> Outcome:
         """Run a forward and a backward pass. By default, the objective is the weighted output plus the loss. If
-        `loss_from` is "output" or "loss", it is only one of them. The objective is multiplied by `scale` for the
-        backward pass, and the gradients are divided by `scale` afterwards."""
+        `loss_from` is "output" or "loss", the objective is only the weighted output or only the loss. The objective is
+        multiplied by `scale` for the backward pass, and the gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
         x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are preserved
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
@@ -218,8 +218,8 @@ def infer_arguments(trial: Trial) -> Trial:
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the weights of the output in the objective of a step. The weights depend only on the tokens, and are 0 for
-    padding."""
+    """Return the weights that multiply the output in a step's objective. The weights depend only on the tokens, and are
+    0 for padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
@@ -234,8 +234,8 @@ def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def infer_width(trial: Trial) -> int:
-    """Return the weight dimension that works as the module's input width. Raise a ValueError if there is not exactly
-    one."""
+    """Return the weight dimension that works as the module's input width. Raise a ValueError if no dimension or more
+    than one dimension works."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):
@@ -262,8 +262,8 @@ def compare_outcomes(
     found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
 ) -> Deviation:
     """Return the largest difference between two outcomes. Differences are relative to the largest absolute value of
-    each tensor. Differences of gradients are relative to at least one thousandth of the largest gradient. A NaN
-    difference counts as infinite.
+    each tensor. The reference for a gradient is at least one thousandth of the largest gradient. A NaN difference
+    counts as infinite.
 
     Args:
         found, wanted: the outcome to check and the expected outcome.
