@@ -108,7 +108,7 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
 
 
 def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """Raise an error if a gate's priority differs from the layer's. Both levels must use the same priority.
+    """Raise an error if a gate and the layer have different priorities. Both levels must use the same priority.
 
     The priority of a dropless gate has no effect and is not checked.
     """
@@ -177,8 +177,8 @@ def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) ->
 def check_packed_call(
     side: Mapping[str, Any], group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module
 ) -> None:
-    """Check that the layer supports packed rows if `segment_ids` are passed. Each document in a packed row is a
-    group."""
+    """Check that the layer supports packed rows if `segment_ids` are passed. Each document in a packed row forms its
+    own group."""
     if side.get(SEGMENT_IDS) is None:
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
