@@ -219,8 +219,8 @@ def routed_ffn(
         assignments: the expert assignments of the tokens.
         network: the experts' weights.
         training: whether the experts are in training mode.
-        implementations: for other kinds of networks, a table that is used instead of `IMPLEMENTATIONS` and has the same
-            keys. The last implementation must support all calls.
+        implementations: a table that replaces `IMPLEMENTATIONS` for other kinds of networks, with keys from the same
+            set of names. The last implementation must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))

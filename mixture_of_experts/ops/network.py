@@ -66,8 +66,8 @@ class Network:
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """Return a copy of the network with the given weights and biases, keyed by name. Missing names are set to
-        None."""
+        """Return a copy of the network with the given weights and biases, keyed by name. Tensors whose names are
+        missing are set to None."""
         get: Any = tensors.get
         w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)

@@ -244,12 +244,12 @@ def check_same_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
-    """Return the schedule entry for these operands on this card."""
+    """Return the schedule entry for the given tokens and mean row count on their card."""
     return find_schedule(find_entries(x.device, x.dtype), mean_rows)
 
 
 def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
-    """Return the block sizes and tiles of a call."""
+    """Return the block sizes and tiles for a call."""
     rows = operands.token.shape[0]
     check_row_count(operands.row.shape[0])
     schedule = get_schedule(operands.x, rows // operands.w_out.shape[0])

@@ -125,7 +125,7 @@ def triton_plan(
         expert, ..., experts_of_router: outputs of `queued_choices`.
         num_experts: e.
         k: number of choices per token.
-        num_rows: r, at least the sum of `length` and at most a.
+        num_rows: number of rows r, which is at least the sum of `length` and at most a.
     """
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)

@@ -156,8 +156,8 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """Return a random call. The first expert has most of the rows, the second has none, and some choices have no
-    expert.
+    """Return a randomly generated call. The first expert has most of the rows, the second has none, and some choices
+    have no expert.
 
     Tokens, input weights and input biases are small integers times a power of two. Therefore, pre-activations are exact
     in every dtype and summation order, and rounding cannot move them across a kink of the activation.
@@ -205,7 +205,7 @@ def are_permutations_equal(assignments: Assignments) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a random gradient of the output, whose elements are exact in `dtype`."""
+    """Return a random gradient of the output, whose elements can be represented exactly in `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
