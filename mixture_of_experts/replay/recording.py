@@ -35,7 +35,7 @@ def record_routing(
     (`segment_ids`) counts as a sequence. Documents are ordered by their first tokens. A forward pass that continues a
     cache, as in `generate`, appends its tokens to the sequences of the previous pass. If the cache was cropped, the
     records are cropped too. Beam search raises an error because it swaps sequences in the cache. Without a cache, every
-    generation step records its sequences again from their first token. Only forward passes in the current thread are
+    generation step records its sequences again from the first token. Only forward passes in the current thread are
     recorded. Each forward pass is recorded once, even under activation checkpointing. The recorded data remains on the
     device until it is read.
 

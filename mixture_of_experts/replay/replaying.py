@@ -39,10 +39,10 @@ def replay_routing(
 ) -> Iterator[None]:
     """Context manager that makes every gate in `model` choose the experts in `records`.
 
-    Each gate still computes the weights of these experts from its live scores, with gradients. Blocks from other
-    libraries compute the weights in their own code. If the records contain weights, the recorded weights replace the
-    live weights bit for bit, and gradients are passed to the live weights. Losses are computed from the recorded
-    choices. Records exclude padding, so padding may be in a different position or absent during a replay.
+    Each gate still computes differentiable weights for these experts from its live scores. Blocks from other libraries
+    compute the weights in their own code. If the records contain weights, the recorded weights replace the live weights
+    bit for bit, and gradients are passed to the live weights. Losses are computed from the recorded choices. Records
+    exclude padding, so padding may be in a different position or absent during a replay.
 
     Each forward pass in the current thread must contain all sequences of the records, in the same order. Use
     `records.select` to create records for another batch. A forward pass that continues a cache must contain the tokens

@@ -23,7 +23,7 @@ class TopkMode(TorchFunctionMode):
 
     Args:
         point: the routing point of the block.
-        choices: the choices that the block must make, an int64 tensor `(t, k)`. If None, the block makes its own
+        choices: the choices that the block must make, as an int64 tensor `(t, k)`. If None, the block makes its own
             choices.
 
     Attributes:
