@@ -56,7 +56,7 @@ def is_in_transform() -> bool:
 
 def is_in_forward_mode() -> bool:
     """Return whether forward-mode AD (`torch.func.jvp` or `torch.autograd.forward_ad`) is active outside of a traced
-    graph. In this mode, a `torch.autograd.Function` that defines only a backward raises an error."""
+    graph. In this mode, a `torch.autograd.Function` that defines only a backward formula raises an error."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
@@ -113,7 +113,7 @@ def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     """Register an operator's FLOP formula with all active counters in this thread that have no formula for it.
 
     Torch's `register_flop_formula` would register the formula for all counters. However, importing its module imports
-    Triton, which takes a sixth of the time of importing torch.
+    Triton, which takes one sixth as long as importing torch.
     """
     if torch.compiler.is_compiling():
         return
@@ -175,7 +175,7 @@ def get_function_modes() -> list[Any]:
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum `value` over the ranks of a process group, using an operator that graphs can contain."""
+    """Sum `value` over the ranks of a process group, using an operator that can be captured in graphs."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
@@ -199,8 +199,8 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Return the module that a wrapper contains, or None if the module is not a wrapper. The wrappers of torch and of
-    libraries with a provider are recognized."""
+    """Return the module that a wrapper contains, or None if the module is not a wrapper. Wrappers from torch and from
+    libraries that have a provider are recognized."""
     children: Any = module._modules
     if not children:
         return None
@@ -323,17 +323,18 @@ def has_hooks(module: object) -> bool:
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows between the ranks of a process group, using a differentiable operator that graphs can contain."""
+    """Exchange rows between the ranks of a process group, using a differentiable operator that can be captured in
+    graphs."""
     from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU, in float32.
+    """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU. The sums are in float32.
 
     Args:
-        indices: `(m,)` int64, the row indices of all sums, one sum after another.
+        indices: `(m,)` int64, the concatenated row indices of all sums.
         offsets: `(s,)` int64, the start of each sum in `indices`.
         weights: `(m,)` float32. The weights must be contiguous, because the operator ignores strides.
     """
@@ -353,7 +354,8 @@ def pack_int4(levels: Tensor) -> Tensor:
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """Multiply x `(r, p)` by the weight `(level - 8) * step + zero` `(p, q)` in bfloat16 on a CPU, and return `(r, q)`.
+    """Multiply x `(r, p)` by a packed weight in bfloat16 on a CPU, and return `(r, q)`. The weight `(p, q)` is `(level
+    - 8) * step + zero`.
 
     Args:
         packed: the result of `pack_int4`, in any shape.
@@ -392,8 +394,8 @@ def is_in_ddp() -> bool:
 
 
 def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
-    """Exclude buffers whose last name is in `endings` from the broadcasts of the running `DistributedDataParallel`
-    module. DDP then no longer copies these buffers from the first rank before a forward pass.
+    """Exclude buffers whose last name component is in `endings` from the broadcasts of the running
+    `DistributedDataParallel` module. DDP then no longer copies these buffers from the first rank before a forward pass.
 
     Returns:
         The names of the buffers that cannot be excluded. A buffer can only be excluded if all ranks exclude it, but

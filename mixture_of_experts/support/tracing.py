@@ -36,7 +36,7 @@ def is_exporting_to_onnx() -> bool:
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """Return `values + times * others`. The sum takes one operator, or two in exported graphs, because ONNX does not
+    """Return `values + times * others`. The sum requires one operator, or two in exported graphs, because ONNX does not
     support a dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
