@@ -110,8 +110,8 @@ class Trial:
         seed: int = 0,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """Return the output in the shape of the tokens, and the loss if `self.loss` is set. In eval mode, gradients are
-        enabled only if `x` requires them.
+        """Return the output, reshaped to the shape of the tokens, and the loss if `self.loss` is set. In eval mode,
+        gradients are enabled only if `x` requires them.
 
         Args:
             x, module: the tokens and the module to run. Default: the trial's tokens and a fresh copy of its module.
@@ -249,8 +249,8 @@ def infer_width(trial: Trial) -> int:
 
 
 def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
-    """Return a bool tensor `(..., n * e)` of the experts that compute each token, read from the module's only supported
-    gate."""
+    """Return a bool tensor `(..., n * e)` that marks the experts that compute each token. The module must have exactly
+    one supported gate."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
     none = torch.zeros_like(routing.probs).flatten(-2)
