@@ -251,8 +251,8 @@ def moe_ffn(
 
     Args:
         x: `(t, d)`.
-        expert: `(t, k)` integers, the experts of each token. Ids below 0 or above e - 1 are ignored. A token may choose
-            the same expert twice.
+        expert: `(t, k)` integers, the experts of each token. Expert ids below 0 or above e - 1 are ignored. A token may
+            choose the same expert twice.
         weight: `(t, k)`, weight of each choice. The sum over choices is computed in float32 or higher precision.
         w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need not be
             copied.

@@ -36,7 +36,7 @@ LAYER_INPUTS, GATE_INPUTS = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class RoutingPoint(NamedTuple):
-    """A gate in one layer, and the module whose arguments identify the tokens that the gate routes."""
+    """A gate within a layer, together with the module whose arguments identify the gate's tokens."""
 
     name: str
     router: RouterHandle
@@ -215,7 +215,8 @@ class SequenceWatch(ForwardWatch):
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """Return the current forward pass, or None in another thread or during recomputation in a backward pass."""
+        """Return the current forward pass, or None if called in another thread or while a backward pass recomputes the
+        model."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(

@@ -44,7 +44,7 @@ class Attachments(ExitStack):
         self._register_handle(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
-        """Register a forward hook with the given options of `register_forward_hook`."""
+        """Register a forward hook, and pass the given options to `register_forward_hook`."""
         self._register_handle(module, module.register_forward_hook(hook, **settings))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:

@@ -282,7 +282,7 @@ def is_bitwise_equal(
 
 
 def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """Return a contiguous copy that starts at an offset in its memory, where vectors may be unaligned."""
+    """Return a contiguous copy that starts at the given offset in its memory, so that vectors may be unaligned."""
     memory = tensor.new_empty(offset + tensor.numel())
     return memory[offset:].view(tensor.shape).copy_(tensor)
 

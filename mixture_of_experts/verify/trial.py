@@ -170,7 +170,7 @@ class Trial:
         return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
     def measure_buffer_changes(self, module: nn.Module) -> Outcome:
-        """Return the differences between a module's buffers and those of the trial's module, which never ran."""
+        """Return the differences between a module's buffers and those of the trial's module, which is never run."""
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()

@@ -77,8 +77,7 @@ def run(call: Call) -> Tensor:
 
 
 def _is_decoding(call: Call) -> bool:
-    """Return whether this is a decoding call with few rows per tile. Products of such tiles use `mma.sync` on all
-    cards."""
+    """Return whether this is a decoding call with few rows per tile, for which products use `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 

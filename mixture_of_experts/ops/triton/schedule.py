@@ -60,7 +60,7 @@ def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
     """Return a schedule entry for bfloat16 or float16. `down` and `row_grads` are the numbers of columns per block in
-    these kernels."""
+    the kernels of the same names."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
