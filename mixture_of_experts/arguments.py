@@ -1,4 +1,4 @@
-"""Resolves the layers' constructor arguments, and checks that a layer's gates and experts match it."""
+"""Resolves the constructor arguments of layers, and checks that gates and experts match the layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixture_of_experts.wrappers import reads_slots
 
 
 def as_experts(experts: Any) -> nn.Module | None:
-    """Return a single module for all experts, wrapping a plain list of modules in an `ExpertList`."""
+    """Convert experts to a single module. A list of modules is wrapped in an `ExpertList`."""
     if experts is None or (isinstance(experts, nn.Module) and has_forward(experts)):
         return experts
     if isinstance(experts, list | tuple | nn.ModuleList):
@@ -31,7 +31,7 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Return whether the module is callable, which a plain `nn.ModuleList` is not."""
+    """Return whether the module defines `forward`. A plain `nn.ModuleList` does not."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
@@ -47,7 +47,7 @@ def check_shared_expert(shared_expert: Any) -> nn.Module | None:
 
 
 def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
-    """Return `num_experts`. If it is None, infer it from the gate or the experts, with 16 as the fallback."""
+    """Return `num_experts`. If it is None, infer it from the gate or the experts, and fall back to 16."""
     if num_experts is None:
         num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
     return check_size("num_experts", num_experts)
@@ -56,8 +56,8 @@ def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts
 def resolve_expert_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
-    """Return `num_experts` as a pair (outer, inner). If it is None, infer it from the gates and experts, with (4, 4) as
-    the fallback."""
+    """Return `num_experts` as a pair (outer, inner). If it is None, infer it from the gates and experts, and fall back
+    to (4, 4)."""
     if num_experts is None:
         default = getattr(experts, "num_experts", None)
         default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
@@ -82,7 +82,7 @@ def reject_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
 
 
 def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
-    """Raise an error if `arguments` has settings that would be ignored because the caller passed `part`."""
+    """Raise an error if there are arguments that would be ignored because the caller also passed `part`."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
@@ -108,7 +108,7 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
 
 
 def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """Raise an error if a gate's priority differs from the layer's. Both levels must use the same priority.
+    """Raise an error if a gate and the layer have different priorities. Both levels must use the same priority.
 
     The priority of a dropless gate has no effect and is not checked.
     """
@@ -124,7 +124,7 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
 def check_gate(
     name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
 ) -> None:
-    """Check that a gate is callable and matches the layer's dimensions. Gates of a two-level layer must use token
+    """Check that a gate is callable and matches the layer's dimensions. The gates of a two-level layer must use token
     choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
@@ -146,7 +146,7 @@ def check_gate(
 
 
 def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
-    """Return whether the module can be called with one tensor and these keyword arguments."""
+    """Return whether the module can be called with one positional tensor and the given keyword arguments."""
     try:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
@@ -177,7 +177,8 @@ def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) ->
 def check_packed_call(
     side: Mapping[str, Any], group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module
 ) -> None:
-    """Check that the layer supports packed rows if `segment_ids` are passed. Each document is then a group."""
+    """Check that the layer supports packed rows if `segment_ids` are passed. Each document in a packed row forms its
+    own group."""
     if side.get(SEGMENT_IDS) is None:
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
@@ -188,7 +189,7 @@ def check_packed_call(
 
 
 def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
-    """Return why the layer does not support packed rows and how to fix it, or None if it supports them."""
+    """Return the reason why the layer does not support packed rows, including a remedy, or None if it supports them."""
     if group_size is not None:
         return f"group_size={group_size} groups tokens differently; set it to None"
     if len(gates) > 1:

@@ -1,9 +1,9 @@
-"""Runs a kernel self-check in a new Python process, so that an illegal memory access or an infinite loop ends that
-process instead of this one.
+"""Runs a kernel self-check in a new Python process, so that an illegal memory access or an infinite loop does not
+affect this process.
 
-The new process shares nothing with this one: it is started by `sys.executable` rather than forked, and creates its own
-CUDA context. It reads the check, a picklable function without arguments, from stdin, and writes a JSON `Verdict` to
-stdout. Everything else that it prints goes to stderr.
+The new process is started with `sys.executable` rather than forked, and creates its own CUDA context. The process reads
+a pickled check, which is a function without arguments, from stdin, and writes a `Verdict` to stdout as JSON. All other
+output goes to stderr.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Verdict(NamedTuple):
     """The outcome of a self-check.
 
     Attributes:
-        fault: description of the fault, or None.
-        is_final: whether repeating the check on this machine would have the same outcome.
+        fault: description of the fault, or None if the check passed.
+        is_final: whether repeating the check on this machine would produce the same outcome.
     """
 
     fault: str | None

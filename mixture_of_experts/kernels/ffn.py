@@ -1,16 +1,16 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels for a routed feed-forward network: tiling, products of rows and weights, and sums over each token's rows.
+"""Kernels for a routed feed-forward network: tiling, matrix products, and sums over each token's rows.
 
 Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, without gaps), e (experts), d (model
-dimension), h (hidden dimension), o (output dimension). In products, m and n are the rows and columns of the result, and
-c is the axis that is summed over.
+dimension), h (hidden dimension), o (output dimension). In matrix products, m and n are the rows and columns of the
+result, and c is the summed axis.
 
-A tile contains up to BLOCK_M rows of one expert, and a table lists all tiles. The grid is launched for the maximum
-number of tiles, and programs for unused tiles (expert -1) return immediately. No two programs write to the same
-location, and all sums have a fixed order, so results are bitwise reproducible. Strides between rows and between experts
-are int64. Offsets within a tile and within an expert's matrix are int32, so matrices of 2^31 elements are rejected
-before the launch. For rows and columns past the end, a valid location is read instead, and nothing is stored. Along the
-summed axis, elements past the end are read as zeros. Rows that belong to no expert are neither read nor written.
+A tile contains up to BLOCK_M rows of one expert, and a table lists all tiles. The grid covers the maximum number of
+tiles, and programs for unused tiles (expert -1) return immediately. No two programs write to the same location, and all
+sums have a fixed order, so results are bitwise reproducible. Strides between rows and between experts are int64.
+Offsets within a tile and within an expert's matrix are int32, so matrices with 2^31 or more elements are rejected
+before the launch. Rows and columns past the end are read from a valid location, and are not stored. Elements past the
+end of the summed axis are read as zeros. Rows that belong to no expert are neither read nor written.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def find_tiles_kernel(
 
 @triton.jit
 def swizzle_program(program, blocks_m, blocks_n):
-    """Return the block (m, n) of a program, ordered so that concurrent programs share cached rows and weights."""
+    """Return the block (m, n) that a program computes. Concurrent programs compute blocks that share cached rows and
+    weights."""
     TOGETHER: tl.constexpr = 8  # number of blocks along m that are computed together
     each = TOGETHER * blocks_n
     first = program // each * TOGETHER
@@ -84,8 +85,8 @@ def swizzle_program(program, blocks_m, blocks_n):
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
     """Return the rows and the block of columns that a program computes.
 
-    The results are the expert (-1 for an unused tile), the tile's first row, the row offsets, a mask of existing rows,
-    and the block's index. Rows that do not exist have offset 0, so the first row is read instead.
+    The function returns the expert (-1 for an unused tile), the tile's first row, the row offsets, a mask of existing
+    rows, and the block's index. Rows that do not exist have offset 0, so the first row is read instead.
     """
     tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
@@ -115,7 +116,7 @@ def load_row_weights(row_weight, assignment, row, exists, num_assignments):
 
 @triton.jit
 def load_block(block, inside, EVEN: tl.constexpr):
-    """Load a block, with zeros for elements out of bounds. If EVEN, all elements are in bounds."""
+    """Load a block, and replace out-of-bounds elements with zeros. If EVEN is True, all elements are in bounds."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
@@ -155,7 +156,8 @@ def accumulate_products(
 
 @triton.jit
 def split_columns(block, INTERLEAVED: tl.constexpr):
-    """Split a block's columns into two halves: alternating columns if INTERLEAVED, otherwise left and right."""
+    """Split a block's columns into two halves. The halves are alternating columns if INTERLEAVED is True, and the left
+    and right columns otherwise."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
     else:
@@ -196,8 +198,8 @@ def grouped_matmul_kernel(
     BLOCK_N: tl.constexpr,  # weight columns per program
     BLOCK_C: tl.constexpr,
 ):
-    """Multiply rows by their experts' weights. The *up* product gathers tokens and applies the activation. The *down*
-    product does neither."""
+    """Multiply rows by their experts' weights. The *up* product gathers tokens and applies the activation, whereas the
+    *down* product does neither."""
     TWO: tl.constexpr = weight_up is not None
     WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # hidden columns per program
     BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns per program in each weight
@@ -242,7 +244,7 @@ def grouped_matmul_kernel(
 
 @triton.jit
 def add_column_bias(acc, bias, place):
-    """Return acc with the bias added to each column, or unchanged if `bias` is None."""
+    """Add the bias to each column of acc, unless `bias` is None, and return the result."""
     return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
 
 
@@ -289,8 +291,8 @@ def hidden_grads(
 ):
     """Compute the gradients of the pre-activations and of the row weights.
 
-    The gradient of a row's weight is `grad . (hidden w + bias)`. Its first term is computed as `(grad w^T) . hidden`,
-    so that the row outputs need not be saved.
+    The gradient of a row's weight is `dot(grad, hidden w + bias)`. Its first term is computed as `dot(grad w^T,
+    hidden)`, so that the row outputs need not be saved.
     """
     TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
@@ -375,8 +377,8 @@ def row_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the gradients of token rows. Each product has its own loop, because on Blackwell, Triton miscompiles a
-    loop in which two products accumulate into one sum (https://github.com/triton-lang/triton/issues/10821)."""
+    """Compute the gradients of token rows. Each product has its own loop, because Triton miscompiles loops that
+    accumulate two products into one sum on Blackwell (https://github.com/triton-lang/triton/issues/10821)."""
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
@@ -420,11 +422,11 @@ def weight_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute `x^T y` over each expert's rows. The result is 0 for experts without rows.
+    """Compute `x^T y` for each expert's rows. The result is 0 for experts without rows.
 
-    x is loaded in the layout `(m, c)` that the product uses, and the indices of gathered rows are loaded one iteration
-    ahead. This allows both operands to be copied asynchronously, with as many blocks in flight as the schedule has
-    stages. If there are two weights, programs alternate between them.
+    x is loaded in the layout `(m, c)` that the matrix product uses, and the indices of gathered rows are loaded one
+    iteration in advance. This allows both operands to be copied asynchronously, with as many blocks in flight as the
+    schedule has stages. If there are two weights, programs alternate between them.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -494,8 +496,8 @@ def bias_grads_kernel(
 
 @triton.jit
 def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
-    """Return acc plus the weighted row of assignment `index`. If this row is `num_rows`, the assignment has no row and
-    adds 0."""
+    """Return acc plus the weighted row of assignment `index`. An assignment whose row index is `num_rows` contributes
+    0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -507,7 +509,7 @@ def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 @triton.jit
 def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum `partial` `(r, blocks)` over blocks. The sum is 0 for rows that do not exist."""
+    """Add up the partial sums `(r, blocks)` of all blocks. The sum is 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)

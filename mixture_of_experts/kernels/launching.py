@@ -32,8 +32,8 @@ _SELF_CHECKS: list[SelfCheck] = []  # all instances
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
     """Return the family of a card, or None if the kernels do not support it.
 
-    A family is represented by a compute capability. All of its cards have the same instructions as that capability and
-    at least as much shared memory, so they share a schedule.
+    A family is represented by a compute capability. All cards in a family support the instructions of this capability
+    and have at least as much shared memory, so they share a schedule.
     """
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
@@ -41,7 +41,7 @@ def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def device_unsupported_reason(device: torch.device) -> str | None:
-    """Return why kernels cannot run on a device, or None if they can."""
+    """Return the reason why kernels cannot run on a device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -56,8 +56,8 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 def can_launch_kernels(device: torch.device) -> bool:
     """Return whether routers and queues launch kernels on a device.
 
-    Unless kernels are requested, they are launched only on cards in `ROUTER_FAMILIES`. Traced graphs use torch's
-    operators instead, which compilers can fuse.
+    By default, kernels are launched only on cards in `ROUTER_FAMILIES`. Traced graphs use torch's operators instead,
+    which compilers can fuse.
     """
     if requested_implementation() == BATCH_INVARIANT or is_in_transform() or torch.compiler.is_compiling():
         return False
@@ -80,16 +80,16 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 class SelfCheck:
-    """Checks the results of kernels before the first call of each kind, in a separate process.
+    """Checks the kernels' results in a separate process before the first call of each kind.
 
-    If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds that have not passed yet
-    are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have passed remain
-    enabled, because a recomputation must use the same implementation as its forward. For the same reason, running out
-    of memory is also stored as a verdict, but only for one kind. Verdicts that would not change if the check were
-    repeated are also saved to disk.
+    If a kernel raises an error, hangs, crashes, or disagrees with torch's operators, all kinds of calls that have not
+    yet passed the check are disabled with a warning, because the compiler is no longer trusted. Kinds that have passed
+    remain enabled, because a recomputation must use the same implementation as its forward pass. For the same reason,
+    an out-of-memory error is also stored as a verdict, but it disables only one kind. A verdict is also saved to disk
+    if repeating the check would produce the same verdict.
 
     Args:
-        kernels: name of the kernels in the warning.
+        kernels: name of the kernels, for use in warnings.
     """
 
     def __init__(self, kernels: str) -> None:
@@ -98,12 +98,14 @@ class SelfCheck:
         _SELF_CHECKS.append(self)
 
     def failure_reason(self, device: torch.device, kind: Hashable, find_fault: Callable[[], str | None]) -> str | None:
-        """Check the kernels for one kind of call, and return why they failed, or None if they are correct.
+        """Check the kernels for one kind of call. Return the reason for a failure, or None if the kernels are correct.
 
         Args:
             device: device of the call.
-            kind: everything except the device that determines which programs are compiled. Each kind is checked once.
-            find_fault: a picklable function that runs such a call and returns a description of the fault, or None.
+            kind: the call's properties, other than the device, that determine which programs are compiled. Each kind is
+                checked once.
+            find_fault: a picklable function that runs a call of this kind and returns a description of the fault, or
+                None.
         """
         verdicts, key = self.verdicts, (device, kind)
         if key in verdicts:

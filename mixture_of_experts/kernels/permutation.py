@@ -1,10 +1,10 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels that compute the row of each assignment, either from queues or, for small numbers of assignments, by
-comparing all pairs.
+"""Kernels that compute the row of each assignment. They use queues or, if there are few assignments, compare all pairs
+of assignments.
 
 Axes: a (assignments per call), t (tokens), k (choices), r (rows sorted by expert, without gaps, at most a), e
-(experts), b (groups), q (queues, one for each expert and group, e b), c (choices of the gate that has these queues: all
-assignments with a single level, and level two's choices with two levels).
+(experts), b (groups), q (queues, e b in total: one for each expert and group), c (choices of the gate that fills the
+queues: all assignments in a single-level layer, or the level-two choices in a two-level layer).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def find_rows_kernel(
 ):
     """Compute rows from queues. The rows of each queue follow those of the previous queue.
 
-    Assignments with weight 0 may occupy a slot although their results are not used. Their rows have a token and are
-    computed, but never read. With two levels, custom gates may choose experts for slots without a token, and therefore
-    need more than r rows. Rows with index r or higher are omitted.
+    Assignments with weight 0 may occupy a slot although their results are not used. The rows of these assignments have
+    a token and are computed, but they are never read. In a two-level layer, custom gates may choose experts for slots
+    without a token, and may therefore need more than r rows. Rows with index r or higher are omitted.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +106,7 @@ def rank_rows_kernel(
     BLOCK: tl.constexpr,  # assignments and experts per program
     BLOCK_A: tl.constexpr,
 ):
-    """Compute the rows of a small number of assignments by comparing all pairs.
+    """Compute the rows of a small number of assignments by comparing all pairs of assignments.
 
     An assignment's row is the number of assignments to lower-numbered experts, plus the number of earlier assignments
     to the same expert. Assignments that are not kept are placed after all experts, so that no two assignments share a

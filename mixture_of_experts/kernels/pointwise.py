@@ -34,7 +34,7 @@ def apply_activation(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_grad(h, ACTIVATION: tl.constexpr):
-    """Return act'(h), which matches torch at kinks and for NaN."""
+    """Return act'(h). The result matches torch at kinks and for NaN."""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":

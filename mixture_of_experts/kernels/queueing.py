@@ -31,8 +31,8 @@ def load_queue_block(
     BY_CHOICE: tl.constexpr,  # whether all first choices precede all second choices
     BLOCK: tl.constexpr,
 ):
-    """Return the row and the block of a program, and for each assignment in the block its location, whether it exists,
-    and its expert (e if it is not queued)."""
+    """Return a program's row and block, followed by three values for each assignment in the block: its location,
+    whether it exists, and its expert, which is e if the assignment is not queued."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
@@ -116,7 +116,7 @@ def queue_assignments(
         expert: `(r, a)` int64, not empty.
         chosen: `(r, a)` bool; None if all assignments are queued.
         order: `(r, n)` int64, tokens in queueing order; None for their original order.
-        num_experts, k: number of experts, and of choices per token.
+        num_experts, k: number of experts, and number of choices per token.
         by_choice: whether all first choices precede all second choices. Otherwise, all choices of a token precede those
             of the next token.
     """

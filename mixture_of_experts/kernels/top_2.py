@@ -1,9 +1,10 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
 """Kernels for `Top2Gating`, and the torch operators that launch them.
 
-The kernels choose two experts for each token, and compute their weights, sums for the losses, and the gradient.
+The kernels choose two experts for each token, and compute the experts' weights, the sums for the losses, and the
+gradient.
 
-Axes: g (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), p (programs per group).
+Axes: g (groups, after any dimensions for outer experts), n (tokens per group), e (experts), p (programs per group).
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def choose_top_2(
 
     Args:
         logits: `(..., g, n, e)` float32, with at least one token.
-        full, active: `(..., g, n)` bool. Pass both or neither.
+        full, active: `(..., g, n)` bool; either both or neither may be None.
         uniform: `(..., g, n)` float32, required for the policy "random".
         policy, threshold, eps: the gate's settings.
     """
@@ -225,7 +226,7 @@ def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
 
 
 def allocate_top_2(logits: Tensor) -> dict[str, Tensor]:
-    """Allocate the outputs of `top_2_kernel`, and return them by name."""
+    """Allocate the outputs of `top_2_kernel`, and return them keyed by name."""
     *lead, n, e = logits.shape
     programs = -(-n // get_launch_sizes(e)[1])
     pair = (*lead, n, 2)
@@ -250,10 +251,10 @@ def choose_top_2_grads(
     eps: float,
     grads: list[Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the logits `(..., g, n, e)`, given results of `choose_top_2` and their gradients.
+    """Return the gradient of the logits `(..., g, n, e)`, given the results of `choose_top_2` and their gradients.
 
-    `grads` contains the gradients of `weight`, `probs` and `log_total`, followed by those of two sums over programs,
-    the proxy `(..., g, e)` and the squares `()`. None means 0.
+    `grads` contains the gradients of `weight`, `probs` and `log_total`, followed by the gradients of two sums over
+    programs: the proxy `(..., g, e)` and the squares `()`. None means 0.
     """
     n, e = probs.shape[-2:]
     rows, _, block = get_launch_sizes(e)

@@ -137,7 +137,7 @@ def _(logits, bias, k, *settings):
 
 
 def allocate_top_k(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Allocate the outputs of `top_k_kernel`, and return them by name."""
+    """Allocate the outputs of `top_k_kernel`, and return them keyed by name."""
     b, n, e = logits.shape
     return dict(
         expert=logits.new_empty(b, n, k, dtype=torch.int64),

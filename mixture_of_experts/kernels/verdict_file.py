@@ -21,12 +21,12 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class VerdictFile:
-    """The file that stores one verdict. CPUs have no such file, nor do GPUs whose driver version is unknown.
+    """The file that stores one verdict. No file is used for CPUs or for GPUs whose driver version is unknown.
 
     Args:
-        device: device that is checked.
+        device: device on which the kernels are checked.
         kernels: name of the kernels, as in `SelfCheck`.
-        kind: kind of call that is checked. Its `repr` must be the same in all processes.
+        kind: kind of call that is checked. The kind's `repr` must be the same in all processes.
     """
 
     def __init__(self, device: torch.device, kernels: str, kind: Hashable) -> None:
@@ -64,7 +64,7 @@ class VerdictFile:
 
 
 def describe_environment(device: torch.device) -> list[str]:
-    """Return what the results of all kernels depend on: the card, the driver, the versions of torch and Triton, and the
+    """Return everything that kernel results depend on: the card, the driver, the versions of torch and Triton, and the
     sources of this package."""
     card, sources = torch.cuda.get_device_properties(device), hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):

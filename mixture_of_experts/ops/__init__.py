@@ -1,12 +1,12 @@
-"""Routed feed-forward networks, and the selection of the implementation that computes them.
+"""Routed feed-forward networks, and the functions that select their implementation.
 
 Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 
-Each implementation has the functions `unsupported_reason(call)` and `run(call)`, which take a `Call` and are described
-in `support/implementations.py`. Implementations are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` must
-not depend on tensor values, the number of tokens or the grad mode, so that a recomputation uses the same implementation
-as its forward. (Decoding in eval mode has its own implementation on some cards, and is a branch of another
-implementation on others.)
+Each implementation provides the functions `unsupported_reason(call)` and `run(call)`, which take a `Call` and are
+described in `support/implementations.py`. Implementations are tried in the order of `IMPLEMENTATIONS`.
+`unsupported_reason` must not depend on tensor values, the number of tokens or the grad mode, so that a recomputation
+uses the same implementation as its forward pass. Decoding in eval mode is exempt: it has its own implementation on some
+cards, and is a branch of another implementation on others.
 """
 
 from __future__ import annotations
@@ -76,30 +76,32 @@ def use(
     *,
     router_kernels: bool | None = None,
 ) -> Iterator[None]:
-    """Context manager that selects the implementation of experts in all calls of `routed_ffn` and `moe_ffn`, and
-    whether routers and queues use Triton kernels.
+    """Context manager that selects the implementation of experts in all calls to `routed_ffn` and `moe_ffn`, and
+    controls whether routers and queues use Triton kernels.
 
-    "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU computes
-    bitwise identical outputs for a token in any batch, including the router and the shared expert. If any part of a
-    layer is not known to be batch-invariant, an error is raised before anything is computed. The other names have no
-    effect on lists of modules, quantized experts, and other experts that these implementations do not compute.
+    "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU,
+    including its router and shared expert, computes bitwise identical outputs for a token in any batch. If any part of
+    a layer is not known to be batch-invariant, an error is raised before anything is computed. The other
+    implementations have no effect on lists of modules, quantized experts, and any other experts that they do not
+    support.
 
-    The context applies to all threads of the process, because the backward on a GPU runs in its own thread. If several
-    contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the same
-    context, so call the backward inside it. To select an implementation for the whole process, set the environment
-    variable `MIXTURE_OF_EXPERTS_KERNELS`.
+    The context applies to all threads of the process, because the backward pass on a GPU runs in its own thread. If
+    several contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the
+    same context, so run the backward pass inside it. To select an implementation for the whole process, set the
+    environment variable `MIXTURE_OF_EXPERTS_KERNELS`.
 
     Args:
         implementation: the implementation of experts.
         router_kernels: True uses the kernels for routers and queues wherever they are supported. False uses torch's
             operators. None uses the device's default, or the kernels if "triton" is requested. Traced graphs and
-            "batch_invariant" always use operators.
+            "batch_invariant" always use torch's operators.
 
     Raises:
-        ValueError: the name is unknown, or the implementation does not support a call. The message states the reason.
-        RuntimeError: a call cannot be computed. "batch_invariant" raises this error if products of the experts'
-            dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises it if a
-            second derivative is computed, or if the tokens and a weight are on different GPUs.
+        ValueError: the name is unknown, or the implementation does not support a call. The error message states the
+            reason.
+        RuntimeError: a call cannot be computed. "batch_invariant" raises this error if matrix products with the
+            experts' dimensions depend on the batch for every block size that was tried on this CPU. "triton" raises
+            this error if a second derivative is computed, or if the tokens and a weight are on different GPUs.
 
     Example:
         >>> import torch
@@ -117,8 +119,8 @@ def use(
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer without gradients, and return which implementations computed its experts and gates, and why faster
-    ones were not used.
+    """Call a layer without gradients. Report which implementations computed its experts and gates, and why faster
+    implementations were not used.
 
     The layer is called normally in its current mode, so hooks run and buffers may change. The states of random number
     generators are restored.
@@ -147,12 +149,13 @@ def prepare(
 ) -> dict[tuple[int, int], Explanation]:
     """Compile and check the kernels that a layer launches, before training or serving.
 
-    When a kernel is first launched, Triton compiles it and its self-check runs. Both take seconds in each process. This
-    function calls the layer with random tokens of each given shape, in the dtype of its experts, in its current mode
-    and under the caller's autocast. In training mode, it runs forward and backward; in eval mode, only the forward.
-    Gradients, buffers and random number generators are left unchanged, but hooks run, so call this function before
-    wrapping or monitoring the layer. Self-checks that previously ran out of memory are repeated. One call is enough for
-    all layers with the same settings.
+    When a kernel is first launched, Triton compiles it and its self-check runs. Compilation and the self-check take
+    seconds in each process. This function calls the layer with random tokens of each given shape. The tokens have the
+    experts' dtype. The layer remains in its current mode, and the caller's autocast settings apply. In training mode,
+    both a forward and a backward pass are run. In eval mode, only a forward pass is run. Gradients, buffers and random
+    number generators are left unchanged, but hooks run, so call this function before wrapping or monitoring the layer.
+    Self-checks that previously ran out of memory are repeated. One call is enough for all layers with the same
+    settings.
 
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that accepts inputs `(sequences, tokens,
@@ -162,7 +165,7 @@ def prepare(
             combination of `sequences` and `tokens`.
 
     Returns:
-        A dict that maps each `(sequences, tokens)` to its `Explanation`, as returned by `explain_call`.
+        A dict that maps each `(sequences, tokens)` pair to an `Explanation`, as returned by `explain_call`.
 
     Example:
         >>> from mixture_of_experts import MoE
@@ -193,7 +196,8 @@ def prepare(
 
 
 def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
-    """Return the explanation of the first expert call, including those of the gates before it."""
+    """Return the explanation of the first expert call, including the explanations of the gates that were called before
+    it."""
     parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
     gates = tuple(found for part, found in explanations[:first] if part == "gate")
@@ -212,11 +216,11 @@ def routed_ffn(
 
     Args:
         x: `(t, d)`.
-        assignments: the assignments of these tokens.
+        assignments: the expert assignments of the tokens.
         network: the experts' weights.
         training: whether the experts are in training mode.
-        implementations: replacements for the implementations of the same names in `IMPLEMENTATIONS`, for other kinds of
-            networks. The last one must support all calls.
+        implementations: a table that replaces `IMPLEMENTATIONS` for other kinds of networks, with keys from the same
+            set of names. The last implementation must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -247,17 +251,18 @@ def moe_ffn(
 
     Args:
         x: `(t, d)`.
-        expert: `(t, k)` integers, the experts of each token. Ids below 0 or above e - 1 are ignored. A token may choose
-            the same expert twice.
-        weight: `(t, k)`, weight of each choice. The sum over choices is computed in at least float32.
-        w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need no copy.
+        expert: `(t, k)` integers, the experts of each token. Expert ids below 0 or above e - 1 are ignored. A token may
+            choose the same expert twice.
+        weight: `(t, k)`, weight of each choice. The sum over choices is computed in float32 or higher precision.
+        w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need not be
+            copied.
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
         activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts, it may also be a
             function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. If it is a module, its
             parameters receive gradients.
-        gate_up: layout of gate and up projections in w1: "concatenated" (gate, then up) or "interleaved" (alternating
-            columns). None if w1 holds a single projection.
+        gate_up: layout of the gate and up projections in w1: "concatenated" (gate, then up) or "interleaved"
+            (alternating columns). None if w1 holds a single projection.
         b1, b2, b3: biases for `w1`, `w2` and `w3`, with shapes `(e, h)` (or `(e, 2 h)` with `gate_up`), `(e, o)` and
             `(e, h)`.
         training: if False, calls with few tokens and without gradients (decoding) may be computed faster, with the same

@@ -1,5 +1,5 @@
-"""Implements the activations of experts. Converts user arguments to modules, and defines activations that write into
-preallocated memory.
+"""Implements expert activations. This module also converts user arguments to modules, and defines activations that
+write to preallocated memory.
 
 Axes: r (rows), h (hidden dimension).
 
@@ -191,7 +191,7 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
 
 
 def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
-    """Compute a network's hidden layer `(..., h)`, given either a single pre-activation, or gate and up."""
+    """Compute a network's hidden layer `(..., h)` from either a single pre-activation or gate and up."""
     if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
@@ -199,7 +199,7 @@ def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tenso
 
 @assume_constant_result  # a traced graph cannot read signatures
 def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
-    """Return whether a function accepts two but not one argument after `leading_arguments` other arguments."""
+    """Return whether a function accepts two arguments, but not one, after its first `leading_arguments` arguments."""
     return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
         function, 2 + leading_arguments
     )
@@ -216,10 +216,10 @@ def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
 
 
 class KnownActivation(NamedTuple):
-    """A single-tensor activation that can write its result and its gradient into preallocated memory or in place.
+    """A single-tensor activation that can write its result and its gradient to preallocated memory or in place.
 
     `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`,
-    which are either one tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden
+    which are either one tensor or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden
     layer. `backward` may then overwrite `grad`, so that its memory can be reused for the gradient of the gate.
 
     Attributes:
@@ -238,7 +238,7 @@ class KnownActivation(NamedTuple):
             out.mul_(pre[1])
 
     def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
-        """Recompute the hidden layer, and write it and the gradient of up."""
+        """Recompute the hidden layer and write it to `out`. Also write the gradient of up."""
         self.write(pre[0], out)
         if len(pre) == 2:
             torch.mul(out, grad, out=grad_pre[1])
@@ -317,13 +317,13 @@ FUNCTION_MODULES: dict[Callable[..., Any], nn.Module] = {
 
 
 def module_for_function(activation: ActivationLike) -> Any:
-    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`. Return other activations
+    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`. Other activations are returned
     unchanged."""
     return next((module for function, module in FUNCTION_MODULES.items() if function is activation), activation)
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Return why an implementation cannot compute an activation itself and must call it, or None if it can."""
+    """Return the reason why implementations cannot compute an activation without calling it, or None if they can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

@@ -2,8 +2,8 @@
 
 Axes: t (tokens), a (assignments), d (model dimension), o (output dimension).
 
-Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled. The reference
-implementation, `plain.py`, computes second derivatives and batched gradients.
+Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled in the forward and
+backward passes. The reference implementation, `plain.py`, computes second derivatives and batched gradients.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor,
 def run_differentiable(
     forward: ForwardFunction, backward: BackwardFunction, x: Tensor, permutation: Permutation, network: Network
 ) -> Tensor:
-    """Compute the outputs `(t, o)` of tokens x `(t, d)` with the `forward` and `backward` of an implementation.
+    """Compute the outputs `(t, o)` for tokens x `(t, d)` with an implementation's `forward` and `backward` functions.
 
     The outputs are differentiable with respect to `x`, `permutation.weight` and all tensors of the network.
     """

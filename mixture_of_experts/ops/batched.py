@@ -5,7 +5,7 @@ Axes: t (tokens), k (choices), r (rows, sorted by expert), e (experts), s (slots
 
 All choices are handled by a single gather and a single sum. A layout class arranges the rows and implements their
 products: `SlotLayout`, `BlockLayout`, or another class passed to `run`. The layout's `arrange` method permutes the
-assignments, and may add a table for the products.
+assignments, and may add a table for use in the products.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class BlockLayout(SlotLayout):
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why this implementation does not support a call, or None if it does. Unknown activations, exports and
-    transforms are not supported."""
+    """Return the reason why this implementation does not support a call, or None if it does. Unknown activations,
+    exports and transforms are not supported."""
     if is_exporting():
         return "an exported graph may contain only torch's own operators"
     if is_in_transform():
@@ -160,7 +160,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
-    """Compute the outputs `(t, o)` of a call. `layout` is used if the call prefers rows without gaps."""
+    """Compute the outputs `(t, o)` of a call. The argument `layout` is used only if the call prefers rows without
+    gaps."""
     return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 

@@ -3,10 +3,10 @@ and only torch operators are used.
 
 Axes: t (tokens), k (choices), e (experts), d (model dimension), o (output dimension).
 
-For small row counts, the run time is dominated by kernel launches and by memory traffic for the weights. Each choice
+For small row counts, the run time is dominated by kernel launches and by loading the weights from memory. Each choice
 uses a copy of its expert's weights. If these copies would move more bytes than reading all weights, every expert
-computes all tokens instead, and the results that no token chose are ignored. This path is used only in eval mode
-without gradients, because a recomputation must use the same implementation as the forward pass.
+computes all tokens instead, and results from experts that a token did not choose are ignored. This path is used only in
+eval mode without gradients, because a recomputation must use the same implementation as the forward pass.
 """
 
 from __future__ import annotations

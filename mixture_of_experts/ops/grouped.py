@@ -1,9 +1,10 @@
-"""Implements grouped matrix products: one operator multiplies the rows of all experts by their weights without padding.
+"""Implements grouped matrix products, in which one operator multiplies all experts' rows by the experts' weights
+without padding.
 
 Axes: e (experts), r (rows, sorted by expert), p and q (inner and outer dimensions of a weight).
 
-On CUDA, torch's own operator is used. On a CPU, this package defines the operator, so that compiled graphs can contain
-a loop over row counts in a tensor.
+On CUDA, torch's own operator is used. On a CPU, this package defines its own operator, so that compiled graphs can loop
+over row counts that are stored in a tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ IS_AMD_GROUPED_GEMM_ENABLED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why there is no operator for a weight or its low-rank part, or None if all of them are supported."""
+    """Return the reason why no operator supports a weight or its low-rank part, or None if all weights are
+    supported."""
     for tensor in call.network.tensors().values():
         if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
@@ -55,9 +57,9 @@ class GroupedLayout(batched.SlotLayout):
     """Arranges rows without gaps, and uses torch's grouped product on CUDA. The permutation's table contains the end of
     each expert's rows.
 
-    Rows after the last expert's rows may contain any values. Only the last of these rows is read: assignments that have
-    no row of their own multiply it by 0. This row is finite, because no expert fills it. If these assignments read a
-    token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
+    Rows after the last expert's rows may contain any values. Only the last of these rows is read. Assignments without a
+    row read this last row and multiply it by 0. The last row is finite, because no expert fills it. If assignments
+    without a row read a token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -87,7 +89,7 @@ class GroupedLayout(batched.SlotLayout):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the sum of the products, with the permutation's spare row set to 0, so that no row needs to be
+        """Return the sum of the products. The permutation's spare row is set to 0, so that no row needs to be
         appended."""
         (x, weight), *others = pairs
         self.row_outputs: Any = self.multiply_rows(x, weight)
@@ -107,7 +109,7 @@ class GroupedLayout(batched.SlotLayout):
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
-    """Return `x^T y` over each expert's rows, as `(e, p, q)`."""
+    """Return `x^T y` for each expert's rows, as `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
@@ -188,13 +190,13 @@ def no_operator_reason(*operands: Tensor) -> str | None:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two
+    """Multiplies each expert's rows by its weight, or computes `x^T y` for each expert's rows. Each of the two
     operations is part of the other's gradient."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
-        """Multiply x `(r, p)` by the weights y `(e, p, q)`. If `is_outer`, return `x^T y` `(e, p, q)` for y `(r, q)`
-        instead."""
+        """Multiply x `(r, p)` by the weights y `(e, p, q)`. If `is_outer` is True, return `x^T y` of shape `(e, p, q)`
+        for y `(r, q)` instead."""
         if not x.is_cuda:
             own = torch.ops.mixture_of_experts
             operator = own.rows_by_rows if is_outer else own.rows_by_weights
@@ -236,7 +238,7 @@ def _grouped_outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Multiply rows by the weights of their experts, one expert at a time."""
+    """Multiply rows by their experts' weights, one expert at a time."""
     counts = read_counts(num_tokens_per_expert, x.shape[0])
     return multiply_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts) if count])
 
@@ -248,7 +250,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return the gradient of the weights, which is `x^T y` over each expert's rows."""
+    """Return the gradient of the weights, which is `x^T y` for each expert's rows."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):
@@ -272,7 +274,7 @@ def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
-    """Multiply rows x, sorted by expert, by the weights of their experts. The result is 0 for rows after the last
+    """Multiply rows x, which are sorted by expert, by their experts' weights. The result is 0 for rows after the last
     expert's rows.
 
     A product with a small number of rows runs on a single thread. Two consecutive experts with the same number of rows

@@ -7,8 +7,8 @@ block).
 A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 stored in four bits (a nibble). A
 group consists of g adjacent inputs of one output, and has its own step and zero in bfloat16. Two nibbles form a byte.
 Bytes are stored in *blocks* of b outputs, `(q / b, p, b / 2)`. The lower nibble of byte j belongs to output j, and the
-upper nibble to output `j + b / 2`. Each CPU's operator supports only one value of b: 64 with AVX-512, and 32 with AVX2.
-`PORTABLE_BLOCK` is used only in files, and is not supported by any CPU operator.
+upper nibble to output `j + b / 2`. The operator supports only one value of b on each CPU: 64 with AVX-512, and 32 with
+AVX2. `PORTABLE_BLOCK` is used only in files, and is not supported by any CPU operator.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[
 def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
     """Return the levels for weights `(p / g, g, q)`, and the step and zero of each group, `(p / g, 1, q)`.
 
-    Levels are either evenly spaced between the smallest and largest weight, or centered on 0, where the weight farthest
-    from 0 gets level 0. Each group uses whichever option has the smaller error.
+    Levels are either evenly spaced between the smallest and the largest weight, or centered on 0 so that the weight
+    farthest from 0 has level 0. Each group uses whichever option has the smaller error.
     """
     low, high = weight.aminmax(dim=1, keepdim=True)
     even, farthest = (high - low) / 15, torch.where(high > -low, high, low)
@@ -59,7 +59,7 @@ def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
 
 
 def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-    """Return the levels of the weights, the step and zero as stored, and the sum of squared errors for each group."""
+    """Return the levels of the weights and, for each group, the stored step and zero and the sum of squared errors."""
     step, zero = step.bfloat16().float(), zero.bfloat16().float()
     step = torch.where(step == 0, 1, step)
     levels = ((weight - zero) / step).round_().clamp_(-8, 7)
@@ -101,9 +101,9 @@ def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. Returns
-    `(r, q)` in float32. The operator rounds both operands to bfloat16. The resulting error is a fortieth of the error
-    of 4-bit quantization."""
+    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. The result `(r,
+    q)` is in float32. The operator rounds both operands to bfloat16. The rounding error is one fortieth of the 4-bit
+    quantization error."""
     rows, steps_and_zeros = x.bfloat16().contiguous(), groups.view(torch.bfloat16)
     group = x.shape[1] // groups.shape[-3]
     if expert is None:

@@ -4,7 +4,7 @@ Axes: e (experts), r (rows), p and q (inner and outer dimensions of a weight).
 
 A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of the table's p rows
 contains q levels from 0 to 255, followed by the step size and the smallest weight in float32. The product of a token
-and the weight is a weighted sum of the rows of this table. Torch's operator computes the sum without unpacking.
+and the weight is a weighted sum of the table's rows. Torch's operator computes this sum without unpacking the table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def unpack_matrix(packed: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. Returns
-    `(r, q)` in float32. If there are more threads than rows, each product is split into parts, which are then
-    summed."""
+    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. The result `(r,
+    q)` is in float32. If there are more threads than rows, each product is split into parts, which are then summed."""
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1

@@ -1,8 +1,8 @@
-"""Implements batched matrix products on a CPU, including in dtypes that the CPU does not support natively.
+"""Implements batched matrix products on a CPU, including products in dtypes that the CPU does not support natively.
 
-Most CPUs multiply only float32 and float64 natively. Torch's half-precision products then take 10x to 200x as long as
-float32 products. The operands are therefore cast to float32, and the result is rounded. Sums are accumulated in
-float32, as in torch's own products.
+Most CPUs multiply only float32 and float64 natively. On CPUs without native support, torch's half-precision products
+take 10x to 200x as long as float32 products. This module therefore casts the operands to float32, and rounds the
+result. Sums are accumulated in float32, as in torch's own products.
 
 Axes: n (matrices), m (rows per matrix), p and q (inner and outer dimensions of a product).
 """

@@ -64,7 +64,8 @@ class Network:
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """Return a copy of the network with these named weights and biases. Missing names are set to None."""
+        """Return a copy of the network with the given weights and biases, keyed by name. Tensors whose names are
+        missing are set to None."""
         get: Any = tensors.get
         w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
@@ -91,7 +92,8 @@ class Network:
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
     def unsupported_activation_reason(self) -> str | None:
-        """Return why an implementation cannot compute the hidden layer and its gradient itself, or None if it can."""
+        """Return the reason why an implementation cannot compute the hidden layer and its gradient, or None if it
+        can."""
         if self.dropout:
             return "dropout of the hidden layer draws random numbers, which only torch's operators support"
         return unknown_activation_reason(self.activation)
@@ -101,8 +103,8 @@ def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which weights of the given dtype are multiplied.
 
     The result is the autocast dtype if autocast is enabled, because autocast itself does not cast the operands of
-    grouped products. Otherwise, the result is `dtype`. `dtype` is also returned on a CPU without native products in the
-    autocast dtype, where autocast would only be slower.
+    grouped products. Otherwise, the result is `dtype`. The result is also `dtype` on CPUs that do not natively support
+    products in the autocast dtype, because autocast would only be slower there.
     """
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
@@ -119,14 +121,14 @@ def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
 
 
 class Call(NamedTuple):
-    """A call of the experts, with all operands in a common dtype.
+    """A call to the experts, with all operands in a common dtype.
 
     Attributes:
         x: `(t, d)`, tokens.
         assignments: the expert assignments of the tokens.
         network: the weights of all experts.
-        training: whether the experts are in training mode. The mode, not the grad mode, determines the implementation,
-            because a recomputation must use the same implementation as the forward pass.
+        training: whether the experts are in training mode. The training mode rather than the grad mode determines the
+            implementation, because a recomputation must use the same implementation as the forward pass.
     """
 
     x: Tensor

@@ -4,7 +4,7 @@ Axes: t (tokens), r (rows, sorted by expert), e (experts), s (slots per expert),
 a weight).
 
 The reference implementation supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode
-derivatives of any order. All other implementations are compared against this one.
+derivatives of any order. All other implementations are tested against it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def run(call: Call) -> Tensor:
 
 
 def choose_permutation(assignments: Assignments) -> Permutation:
-    """Permute to rows without gaps if there are certainly fewer rows than slots, and to slots otherwise."""
+    """Permute tokens to rows without gaps if there are always fewer rows than slots, and to slots otherwise."""
     return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
 
 def run_permuted(
     x: Tensor, permutation: Permutation, network: Network, product: ProductFunction | None = None
 ) -> Tensor:
-    """Compute the outputs `(t, o)` of tokens x `(t, d)` with `product`. The permutation determines whether rows or
-    slots are used."""
+    """Compute the outputs `(t, o)` for tokens x `(t, d)` with the given `product` function. The permutation determines
+    whether rows or slots are used."""
     rows, num_tokens_per_expert = dispatch(x, permutation), permutation.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(permutation.expert_dims)
@@ -107,8 +107,8 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return `x^T y` over each expert's rows, as `(e, p, q)`, for x `(r, p)` and y `(r, q)`. The result is 0 for
-    experts without rows."""
+    """Return `x^T y` for each expert's rows of x `(r, p)` and y `(r, q)`, as `(e, p, q)`. The result is 0 for experts
+    without rows."""
     weight = x.new_zeros(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
@@ -128,8 +128,8 @@ def compute_gradients(x: Tensor, permutation: Permutation, network: Network, gra
 
 
 def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
-    """Expand biases `(e, q)` so that they can be added to slots or rows. Returns `(e, 1, q)` for slots, and `(r, q)`
-    for `rows` rows."""
+    """Expand biases `(e, q)` so that they can be added to slots or rows. The result has the shape `(e, 1, q)` for slots
+    and `(rows, q)` for rows."""
     if num_tokens_per_expert is None:
         return bias.unsqueeze(-2)
     return _take_rows(bias, _find_range(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
@@ -139,7 +139,7 @@ def _find_range(ends: Tensor, index: Tensor) -> Tensor:
     """Return the range that contains each index. Range i ends before `ends[i]`. If no range contains an index, return
     the last range.
 
-    Comparisons are used because ONNX has no searchsorted.
+    Ranges are found by comparison because ONNX has no searchsorted.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 

@@ -5,9 +5,9 @@ Axes: t (tokens), r (rows), e (experts), d (model dimension), h (hidden dimensio
 and outer dimensions of a weight).
 
 In addition to the input, the forward pass saves only the pre-activations, which are the products with `w_in`. The
-backward pass gathers the rows again and recomputes the activation. Row weights multiply rows of width d, not rows of
-width h. The gradient of the row weights is computed from the hidden layer, so that no row outputs need to be saved (as
-in SonicMoE, arXiv 2512.14080).
+backward pass gathers the rows again and recomputes the activation. Row weights are applied to rows of width d rather
+than to rows of width h. The gradient of the row weights is computed from the hidden layer, so that no row outputs need
+to be saved (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
 class RowLayout(ABC):
-    """Base class of row layouts, which implement products on the rows of a permutation.
+    """Base class for row layouts, which implement products on the rows of a permutation.
 
     Each instance is used for a single forward or backward pass. Rows are computed in chunks. After `enter_chunk`, all
     methods refer to the rows of that chunk. By default, a single chunk contains all rows.
@@ -41,11 +41,11 @@ class RowLayout(ABC):
 
     @abstractmethod
     def gather_rows(self, x: Tensor) -> Tensor:
-        """Gather the rows `(r, p)` of tokens `(t, p)`, with zeros in empty rows."""
+        """Gather rows `(r, p)` from tokens `(t, p)`. Empty rows contain zeros."""
 
     @abstractmethod
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply rows x `(r, p)` by the weights `(e, p, q)` of their experts, and return `(r, q)`."""
+        """Multiply rows x `(r, p)` by their experts' weights `(e, p, q)`, and return the products `(r, q)`."""
 
     @abstractmethod
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -57,8 +57,8 @@ class RowLayout(ABC):
 
     @abstractmethod
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-        """Return `x^T y` `(e, p, q)` over each expert's rows of x `(r, p)` and y `(r, q)`. The result is 0 for experts
-        without rows. `out` is memory for the result, if `gradients` provides it."""
+        """Return `x^T y` for each expert's rows of x `(r, p)` and y `(r, q)`, as `(e, p, q)`. The result is 0 for
+        experts without rows. The result is written to `out` if `gradients` provides preallocated memory."""
 
     @abstractmethod
     def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ def forward_rows(
     network: Network,
     save: bool,
 ) -> tuple[Tensor, SavedTensors]:
-    """Implement the `forward` of `run_differentiable` with the products of a layout."""
+    """Implement the `forward` argument of `run_differentiable` with a layout's products."""
     layout, saved = make_layout(permutation), []
     for chunk in layout.chunks:
         layout.enter_chunk(chunk)
@@ -137,7 +137,7 @@ def backward_rows(
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
-    """Implement the `backward` of `run_differentiable` with the products of a layout."""
+    """Implement the `backward` argument of `run_differentiable` with a layout's products."""
     layout, scale, grad = make_layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
     grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last entry is unused
@@ -192,7 +192,7 @@ def backpropagate_network(
         grad: gradient of the token outputs, `(t, o)`.
         scale: weight of each row, `(r, 1)`.
         grad_scale: memory for the gradients of the row weights, `(r,)`.
-        wanted: names of the requested gradients, which are "x" and names in `Network.tensors`.
+        wanted: names of the requested gradients: "x" or names from `Network.tensors`.
         memory: preallocated memory for the gradients of the network, keyed by name, or an empty mapping.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)

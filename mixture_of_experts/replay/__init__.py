@@ -1,4 +1,4 @@
-"""Records routing decisions and replays them, for example in another dtype, engine or batch, or during
+"""Records routing decisions and replays them, for example with another dtype, engine or batch, or during
 recomputation."""
 
 from mixture_of_experts.replay.checkpointing import save_choices

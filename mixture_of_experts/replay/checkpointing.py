@@ -21,7 +21,7 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
     On some GPUs, matrix multiplications are nondeterministic. A token with nearly equal top scores may then be routed
     to different experts during recomputation than in the forward pass, which makes its gradient wrong. This policy
     saves the results of argmax, top-k, sorting and comparison operators on floating-point tensors. The policy therefore
-    covers this package's gates, including their policies and capacity, and routers from other libraries.
+    supports this package's gates, including their policies and capacity, as well as routers from other libraries.
 
     Args:
         context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` passes to a policy.

@@ -1,4 +1,4 @@
-"""Defines hooks on a model's routing points and enclosing models, which recording and replay share."""
+"""Defines the hooks that recording and replay attach to routing points and to the models that contain them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_call
 
 
 class ChoiceHooks:
-    """Base class for recording and replaying choices. While a backward pass recomputes a part of the model, there is no
-    current call.
+    """Base class for recording and replaying choices. There is no current call while a backward pass recomputes part of
+    the model.
 
     Attributes:
         points: the routing points of the model.
@@ -44,7 +44,7 @@ class ChoiceHooks:
         self.points: list[RoutingPoint] = points
 
     def attach_hooks(self, hooks: Attachments) -> None:
-        """Attach the hooks for forward passes in the current thread."""
+        """Attach hooks that observe forward passes in the current thread."""
         watches = {
             point.router.enclosing_model: SequenceWatch(self, point.router.enclosing_model) for point in self.points
         }

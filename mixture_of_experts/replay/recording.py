@@ -25,7 +25,7 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection
 def record_routing(
     model: nn.Module, *, gates: GateSelection | None = None, weights: bool = False
 ) -> Iterator[RoutingRecords]:
-    """Context manager that records the choices of every gate in `model` for `replay_routing`.
+    """Context manager that records the choices of every gate in `model` for later use with `replay_routing`.
 
     This function finds the same gates as `track_routing`. Each gate must be a token-choice gate of this package, or a
     router from another library that chooses experts with `torch.topk`. Padding is excluded according to the layer's
@@ -35,24 +35,24 @@ def record_routing(
     (`segment_ids`) counts as a sequence. Documents are ordered by their first tokens. A forward pass that continues a
     cache, as in `generate`, appends its tokens to the sequences of the previous pass. If the cache was cropped, the
     records are cropped too. Beam search raises an error because it swaps sequences in the cache. Without a cache, every
-    generation step records its sequences again from their first token. Only forward passes in the current thread are
+    generation step records its sequences again from the first token. Only forward passes in the current thread are
     recorded. Each forward pass is recorded once, even under activation checkpointing. The recorded data remains on the
     device until it is read.
 
     Args:
         model: the module that you call.
         gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
-        weights: whether to also record and replay the weights of the choices. Weights are supported only for gates of
-            this package.
+        weights: whether to record and replay the choices' weights as well. Weights are supported only for gates of this
+            package.
 
     Raises:
         ValueError: the model has no gate.
         TypeError: a gate does not make k choices for each token (expert choice), or its weights cannot be recorded.
             This error is also raised in a forward pass if a block from another library does not choose with
             `torch.topk`.
-        RuntimeError: in a forward pass, a gate ran twice, outside of `model`, or in a graph compiled before the context
-            was entered, or beam search swapped sequences. This error is also raised when the records are read, if a
-            forward pass continued sequences that were not recorded.
+        RuntimeError: during a forward pass, a gate ran twice, a gate ran outside of `model`, a gate ran in a graph that
+            was compiled before the context was entered, or beam search swapped sequences. This error is also raised
+            when the records are read if a forward pass continued sequences that were not recorded.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def record_routing(
 
 
 class RoutingRecorder(ChoiceHooks):
-    """Stores the choices of gates in `records`. Created by `record_routing`."""
+    """Stores the choices of gates in `records`. Instances are created by `record_routing`."""
 
     records_weights: bool
 
@@ -101,8 +101,8 @@ class RoutingRecorder(ChoiceHooks):
         self.store_choices(point, call, expert)
 
     def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
-        """Store a gate's choices in one forward pass, as int16 if the number of experts allows it, and otherwise as
-        int32."""
+        """Store a gate's choices from one forward pass. Choices are stored as int16 if the number of experts allows it,
+        and as int32 otherwise."""
         sizes, mask = call.entered_gates[point.name]
         small = torch.int16 if point.num_experts < 1 << 14 else torch.int32
         values = [each.reshape(*sizes, point.k) for each in (expert.detach().to(small), *weight)]

@@ -1,7 +1,7 @@
-"""Defines `RoutingRecords`, which stores choices by gate, sequence and token. The records can be selected, saved, and
-created from the outputs of serving engines.
+"""Defines `RoutingRecords`, which stores each gate's choices for each sequence and token. Records can be filtered,
+saved, and created from the outputs of serving engines.
 
-Axes: s (tokens of a sequence), l (gates), k (choices per token).
+Axes: s (tokens in a sequence), l (gates), k (choices per token).
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
-    """A mapping from each gate's name to its expert choices, as a list with one tensor per sequence. Padding is
-    excluded.
+    """A mapping from gate names to expert choices. The choices of a gate are a list with one tensor per sequence.
+    Padding is excluded.
 
-    A choice is an integer: the index of an expert, or -1 for no choice. The value -2 - i means that expert i keeps its
-    share of the token's weight but does not compute the token, because capacity or a policy dropped it.
+    A choice is an integer, which is either the index of an expert or -1 for no choice. The value -2 - i means that
+    expert i keeps its share of the token's weight but does not compute the token, because capacity or a policy dropped
+    it.
 
     Args:
         experts: lists of integer tensors `(s, k)`, one tensor per sequence, keyed by gate name.
@@ -92,7 +93,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the gates, in the model's order."""
+        """The names of the gates, in the same order as in the model."""
         return tuple(self._experts)
 
     def num_experts(self, layer: str) -> int | None:
@@ -138,8 +139,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def _read_pending(self) -> None:
-        """Copy the pending choices of a recording from the device. If this raises an error, no gate's records
-        change."""
+        """Copy the pending choices of a recording from the device. If an error is raised, the records of all gates
+        remain unchanged."""
         if not self._unread:
             return
         with READ_LOCK:  # other threads may read while a recording appends
@@ -155,7 +156,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
-        """Return the records of the selected sequences, in the given order, for use with another batch.
+        """Return the records of the selected sequences in the given order, for example to replay them with another
+        batch.
 
         Args:
             sequences: indices of the sequences, or a slice.
@@ -186,13 +188,13 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang (`return_routed_experts`) returns
         base64-encoded int32 (sgl-project/sglang#12162). The last token of a completion has no record, because the
         engine never processed it. If all entries of a row are -1, the engine did not record the token, and the gate
-        chooses.
+        chooses its experts.
 
         Args:
             requests: an array, tensor or nested list of shape `(s, l, k)` for each request. Axis l indexes the layers
-                that have gates, in the model's order.
-            weights: the floating-point weights `(s, l, k)` by which the experts' outputs are multiplied, one array per
-                request. If the gate chooses a token's experts, it also computes their weights.
+                with gates, in the same order as in the model.
+            weights: the floating-point weights `(s, l, k)` of the experts' outputs, as one array per request. If the
+                gate chooses a token's experts, it also computes their weights.
 
         Raises:
             ValueError: an array has the wrong shape or dtype, or the shapes of the requests or weights are
@@ -251,8 +253,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary path. On success, the temporary file replaces the file at `path`. On
-    error, it is removed. Symbolic links are followed, and the mode of an existing file is kept. If `path` is not a
-    regular file (such as a pipe), the context manager yields `path` itself."""
+    error, the temporary file is removed. Symbolic links are followed, and the mode of an existing file is kept. If
+    `path` is not a regular file (such as a pipe), the context manager yields `path` itself."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         yield path
@@ -282,8 +284,8 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
 
 
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Copy the records so that all records of a gate are views of one tensor. A file then stores one tensor per
-    gate."""
+    """Copy the records so that all records of a gate are views of one tensor. A saved file therefore contains only one
+    tensor per gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
@@ -330,7 +332,7 @@ def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def starts_sequences(seen: Tensor | int) -> bool:
-    """Return whether a forward pass with this number of earlier tokens starts new sequences."""
+    """Return whether a forward pass with the given number of earlier tokens starts new sequences."""
     return not isinstance(seen, Tensor) and seen == 0
 
 
@@ -363,8 +365,8 @@ def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
 
 
 def compact_choices(array: Tensor) -> Tensor:
-    """Convert an engine's choices `(s, k)` to int16 if they fit. If all entries of a row are -1, they are replaced so
-    that the gate chooses."""
+    """Convert an engine's choices `(s, k)` to int16 if they fit. Rows in which all entries are -1 are replaced so that
+    the gate chooses the experts."""
     wide = array.to(torch.int64)
     small = wide.to(torch.int16)
     return torch.where((wide == -1).all(dim=-1, keepdim=True), KEEP_ROUTER_CHOICE, small if small.equal(wide) else wide)

@@ -1,4 +1,4 @@
-"""Replays recorded choices: hooks pass them to the gates, which compute their weights from live scores.
+"""Replays recorded choices: hooks pass the choices to the gates, which compute the weights from live scores.
 
 Axes: b (sequences), n (tokens per forward pass), s (tokens in the longest record), k (choices per token).
 """
@@ -39,27 +39,27 @@ def replay_routing(
 ) -> Iterator[None]:
     """Context manager that makes every gate in `model` choose the experts in `records`.
 
-    Each gate still computes the weights of these experts from its live scores, with gradients. Blocks of other
-    libraries compute the weights in their own code. If the records contain weights, they replace the live weights bit
-    for bit, and their gradient is passed to the live weights. Losses are computed from the recorded choices. Records
-    exclude padding, so a replay may place padding differently or omit it.
+    Each gate still computes differentiable weights for these experts from its live scores. Blocks from other libraries
+    compute the weights in their own code. If the records contain weights, the recorded weights replace the live weights
+    bit for bit, and gradients are passed to the live weights. Losses are computed from the recorded choices. Records
+    exclude padding, so padding may be in a different position or absent during a replay.
 
     Each forward pass in the current thread must contain all sequences of the records, in the same order. Use
-    `records.select` to create records for another batch. A forward pass that continues a cache must contain the next
-    tokens after the cache. With activation checkpointing, also run the backward pass inside the context.
+    `records.select` to create records for another batch. A forward pass that continues a cache must contain the tokens
+    that follow the cached tokens. With activation checkpointing, also run the backward pass inside the context.
 
     Args:
         model: the module that you call.
-        records: routing records of this model or of a similar one. Gates are matched by name, or by order if their
-            names differ.
-        beyond: how to handle tokens past the end of their sequence's record. "error" raises an error, and "choose" lets
-            the gate choose. Records never include the last token of a completion, because no engine has processed it.
+        records: routing records of this model or a similar model. Gates are matched by name, or by order if their names
+            differ.
+        beyond: how to handle tokens past the end of a sequence's record. "error" raises an error, and "choose" lets the
+            gate choose. Records never include the last token of a completion, because no engine has processed it.
         gates: see `record_routing`.
 
     Raises:
-        ValueError: on entry, the model and the records differ in the number of gates, choices or experts, or a gate
-            does not accept choices. This error is also raised in a forward pass, before its first gate runs, if the
-            number of sequences or tokens differs from the records.
+        ValueError: the model and the records differ in the number of gates, choices or experts, or a gate does not
+            accept choices. This error is raised when the context is entered. It is also raised in a forward pass,
+            before the first gate runs, if the number of sequences or tokens differs from the records.
         TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
             pass if a block from another library does not choose with `torch.topk`.
         RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
@@ -93,7 +93,7 @@ def replay_routing(
 
 
 class RoutingReplayer(ChoiceHooks):
-    """Supplies recorded choices to the gates of a model. Created by `replay_routing`."""
+    """Supplies recorded choices to the gates of a model. Instances are created by `replay_routing`."""
 
     is_replay: ClassVar[bool] = True
     beyond: BeyondMode
@@ -123,8 +123,8 @@ class RoutingReplayer(ChoiceHooks):
     def supply_choices(
         self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
-        """Return the choices `(b, n, k)` in int64 for the tokens of a forward pass, followed by their weights if
-        recorded. `mask` is the mask returned by `RoutingPoint.read_inputs`."""
+        """Return the choices `(b, n, k)` in int64 for the tokens of a forward pass, followed by the choices' weights if
+        they were recorded. `mask` is the mask returned by `RoutingPoint.read_inputs`."""
         tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
             self.check_forward(point, call, shape, mask)
@@ -213,8 +213,8 @@ class RoutingReplayer(ChoiceHooks):
             )
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
-        """Make a backward pass raise an error after the context has exited, because recomputed gates would choose
-        freely without hooks."""
+        """Make backward passes raise an error after the context has exited, because recomputed gates would then make
+        their own choices."""
         if torch.compiler.is_compiling() or not is_in_activation_checkpoint():
             return
         for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
@@ -232,8 +232,8 @@ class RoutingReplayer(ChoiceHooks):
 
 
 def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
-    """Check that the records fit a gate, and return its choices `(b, s + 1, k)` in int64, followed by their weights if
-    recorded. Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
+    """Check that the records match a gate. Return the gate's choices `(b, s + 1, k)` in int64, followed by the choices'
+    weights if they were recorded. Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Finds the routing points of a model, and tracks the sequences in forward passes of the enclosing models.
+"""Finds a model's routing points, and tracks the sequences in the forward passes of enclosing models.
 
 Axes: b (sequences), n (tokens per forward pass), k (choices per token).
 """
@@ -36,7 +36,7 @@ LAYER_INPUTS, GATE_INPUTS = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class RoutingPoint(NamedTuple):
-    """A gate in one layer, and the module whose arguments identify the tokens that the gate routes."""
+    """A gate within a layer, together with the module whose arguments identify the gate's tokens."""
 
     name: str
     router: RouterHandle
@@ -68,12 +68,12 @@ class RoutingPoint(NamedTuple):
 def find_routing_points(
     model: nn.Module, feature: str, gates: GateSelection | None, weights: bool
 ) -> list[RoutingPoint]:
-    """Find a routing point for each layer that contains a gate, in the model's order. Blocks that choose experts from a
-    table of token ids are excluded, unless `gates` selects them.
+    """Find a routing point for each layer that contains a gate, in the same order as in the model. Blocks that choose
+    experts from a table of token ids are excluded, unless `gates` selects them.
 
     Args:
         model, feature, gates: see `find_routers`.
-        weights: whether the weights of the choices must also be supported.
+        weights: whether recording and replaying weights must be supported as well.
     """
     routers = find_routers(model, feature, gates)
     if gates is None:
@@ -96,7 +96,7 @@ def chooses_by_token_ids(router: RouterHandle) -> bool:
 
 
 def replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router's choices cannot be recorded or replayed, or None if they can."""
+    """Return the reason why a router's choices cannot be recorded or replayed, or None if they can."""
     if chooses_by_token_ids(router):
         return "its experts are chosen by a table of token ids"
     if router.k is None or isinstance(router.gate, ExpertChoiceGating):
@@ -109,7 +109,7 @@ def replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router's weights cannot be recorded or replayed, or None if they can."""
+    """Return the reason why a router's weights cannot be recorded or replayed, or None if they can."""
     if router.external is not None:
         return f"its own code computes the weights; {router.external.remedy}"
     if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
@@ -119,10 +119,10 @@ def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Return the sequence index of each token in packed rows, as an int64 tensor `(b, n)`. Documents are numbered
-    across rows, in the order of their first tokens. Padding gets -1.
+    across rows, ordered by their first tokens. Padding gets -1.
 
     Args:
-        ids: integers `(b, n)` that are equal for tokens of the same document in a row.
+        ids: integers `(b, n)` that are equal for all tokens in a row that belong to the same document.
         mask: bool `(b, n)`, True for tokens that are not padding. None if there is no padding.
     """
     document = find_segments(ids, None).document.flatten()
@@ -139,7 +139,7 @@ def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class SequenceCall(ForwardCall):
-    """An ongoing forward pass of a model that contains gates."""
+    """A forward pass in progress, for a model that contains gates."""
 
     tokens: TokenMetadata
     num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or one number for all
@@ -151,7 +151,8 @@ class SequenceCall(ForwardCall):
     layer_path: str = ""  # path of the layer that is currently running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
-        """Record that a gate was called. `sizes` is the shape `(b, n)` of its tokens, and `mask` their mask."""
+        """Record that a gate was called. `sizes` is the shape `(b, n)` of the gate's tokens, and `mask` is the mask of
+        these tokens."""
         if point.name in self.entered_gates:
             raise RuntimeError(
                 f"{point.name!r} ran twice in one forward pass, but only one call can be recorded; call it once"
@@ -216,7 +217,8 @@ class SequenceWatch(ForwardWatch):
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """Return the current forward pass, or None in another thread or during recomputation in a backward pass."""
+        """Return the current forward pass, or None if called in another thread or while a backward pass recomputes the
+        model."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(

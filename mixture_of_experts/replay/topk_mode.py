@@ -1,6 +1,6 @@
 """Records or replaces the choices of external blocks by intercepting their calls to `torch.topk`.
 
-The block's own code still computes the weights from live scores.
+The block's own code continues to compute the weights from live scores.
 
 Axes: t (tokens), e (experts), g (expert groups), k (choices per token).
 """
@@ -23,7 +23,7 @@ class TopkMode(TorchFunctionMode):
 
     Args:
         point: the routing point of the block.
-        choices: the choices that the block must make, an int64 tensor `(t, k)`. If None, the block makes its own
+        choices: the choices that the block must make, as an int64 tensor `(t, k)`. If None, the block makes its own
             choices.
 
     Attributes:

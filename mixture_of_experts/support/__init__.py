@@ -1,1 +1,1 @@
-"""Utilities for the whole package: checks, settings, tracing, and access to private names of torch."""
+"""Utilities for the whole package: checks, settings, tracing, and access to private torch names."""

@@ -1,7 +1,7 @@
-"""Manages hooks and attributes that a context sets on modules and removes on exit.
+"""Manages hooks and attributes that are set on modules within a context and removed on exit.
 
-Copies and pickles of these modules do not contain these hooks and attributes, even if they are created while the
-context is active.
+Copies and pickles of the modules do not contain these hooks and attributes, even if they are created while the context
+is active.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Attachments(ExitStack):
     `close()` or at the end of a `with` block.
 
     Other threads may run the modules at the same time. While a hook is being set or removed, torch may call it without
-    the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and do nothing in
-    such a call.
+    the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and must do nothing
+    if they are missing.
     """
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
@@ -44,7 +44,7 @@ class Attachments(ExitStack):
         self._register_handle(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
-        """Register a forward hook with the given options of `register_forward_hook`."""
+        """Register a forward hook, and pass the given options to `register_forward_hook`."""
         self._register_handle(module, module.register_forward_hook(hook, **settings))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
@@ -92,8 +92,8 @@ class DetachedState:
     attachments.
 
     Copying and pickling call `__getstate__`. `__getstate__` is set on the module itself, so the module's class does not
-    change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a stand-in that
-    has the stripped state.
+    change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a substitute
+    object that contains the module's state without the attachments.
     """
 
     hook_ids: set[int]

@@ -1,18 +1,20 @@
 """Computes rows on a CPU so that each result is bitwise independent of the other rows in the batch.
 
-Libraries choose the order of summation based on the number of rows, so a single row is rounded differently than the
-same row in a batch. Rows are therefore multiplied in blocks. The block size is chosen so that several blocks together
-give the same bits as each block alone. At most `MAX_ROWS` rows are multiplied at a time. The block size is found by
-sampling the actual function, with operands of the same dtypes, shapes and strides, and with the same number of threads.
+Libraries choose the order of summation based on the number of rows, so a single row may be rounded differently than the
+same row in a batch. Rows are therefore multiplied in blocks. The block size is chosen so that multiplying several
+blocks together produces the same bits as multiplying each block alone. At most `MAX_ROWS` rows are multiplied at a
+time. The block size is found by sampling the actual function, using operands with the same dtypes, shapes and strides,
+and the same number of threads.
 
-Torch vectorizes elementwise functions, such as `sigmoid`, and rounds elements that do not fill a vector differently.
-Tensors with `GRAIN_SIZE` or more elements are split among threads, and each part may end with such elements.
-Elementwise functions therefore receive whole vectors, with fewer than `GRAIN_SIZE` elements in total.
+Torch vectorizes elementwise functions, such as `sigmoid`. The elements of a partially filled vector are rounded
+differently. Tensors with `GRAIN_SIZE` or more elements are split among threads, and each thread's part may end with a
+partially filled vector. Elementwise functions are therefore called with whole vectors that have fewer than `GRAIN_SIZE`
+elements in total.
 
 `ops.use("batch_invariant")` enables batch-invariant computation. Modules raise an error unless they are listed here or
 their class implements `variant_reason`.
 
-Axes: t (tokens), p (inner dimension and q outer dimension of a matrix product), r (rows).
+Axes: t (tokens), p and q (inner and outer dimensions of a matrix product), r (rows).
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ class OperandLayout(NamedTuple):
 
 
 def reject_batch_invariance(what: str) -> None:
-    """Raise a ValueError if batch invariance is requested. Call this function for products that are not computed in
-    blocks."""
+    """Raise a ValueError if batch invariance is requested. This function must be called for products that are not
+    computed in blocks."""
     if requested_implementation() == BATCH_INVARIANT:
         raise ValueError(f"{BATCH_INVARIANT!r} is requested, but {what}. Request 'auto' to disable batch invariance")
 
@@ -112,8 +114,8 @@ def raise_not_invariant(name: str, reason: str) -> None:
 
 
 def variant_reason(module: nn.Module) -> str | None:
-    """Return why the results of a gate or experts may depend bitwise on the batch, or None if they do not. The module
-    may be wrapped."""
+    """Return the reason why the bits of a gate's or experts' results may depend on the batch, or None if they do not.
+    The module may be wrapped."""
     inner: Any = unwrap_module(module)
     if not callable(getattr(inner, "variant_reason", None)):
         return f"{type(inner).__name__} is an unknown module; use one of this package"
@@ -123,8 +125,8 @@ def variant_reason(module: nn.Module) -> str | None:
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """Return the name of an attribute of a package class that the module itself or a class outside the package
-    overrides, or None if there is none."""
+    """Return the name of a package-class attribute that is overridden by the module itself or by a class outside the
+    package, or None if no attribute is overridden."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -133,7 +135,7 @@ def find_overridden_attribute(module: nn.Module) -> str | None:
 
 
 def not_tokenwise_reason(module: nn.Module) -> str | None:
-    """Return why blockwise computation may change a module's result for a token, or None if it cannot."""
+    """Return the reason why computing a module in blocks may change its result for a token, or None if it cannot."""
     for part in module.modules():
         kind = get_original_class(part)
         known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
@@ -157,11 +159,10 @@ def get_layout(tensor: Tensor) -> OperandLayout:
 def find_block_rows(
     compute: SampledFunction, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
 ) -> int:
-    """Return the smallest of `BLOCK_SIZES` for which `compute` gives each row the same bits in any batch with these
-    operands.
+    """Return the smallest size in `BLOCK_SIZES` with which `compute` returns the same bits for a row in any batch.
 
-    The rows `x` `(..., p)` have the given `dtype`, or by default the dtype of the first operand. `sizes` contains p and
-    q. Raise a RuntimeError if no block size preserves the bits.
+    The rows `(..., p)` have the given `dtype`, which defaults to the first operand's dtype. `sizes` contains p and q.
+    Raise a RuntimeError if the bits depend on the batch for all block sizes.
     """
     p, q = sizes
     layouts = tuple([None if operand is None else get_layout(operand) for operand in operands])
@@ -180,7 +181,7 @@ def _sample_block_rows(
     q: int,
     layouts: tuple[OperandLayout | None, ...],
 ) -> int:
-    """Implement `find_block_rows` by sampling random operands, which does not prove that the bits never differ.
+    """Implement `find_block_rows` by sampling random operands. Sampling does not prove that the bits never differ.
 
     The random numbers are chosen so that sums cancel out and only rounding errors remain. Otherwise, rounding to half
     precision would usually hide the order of summation.
@@ -215,8 +216,8 @@ def make_sums_cancel(
     """Modify the operands in place so that the terms of each sum cancel out in pairs.
 
     The sums are the products of x `(..., r, p)` with the weight `(..., p, q)` or `(..., q, p)`, and of y `(..., r, q)`
-    with the transposed weight. Half of the values in y and in the other operands are set to 0, because they are added
-    to these sums and would hide the small remainders.
+    with the transposed weight. Values in y and in the other operands are added to these sums, and would hide the small
+    remainders. Half of these values are therefore set to 0.
     """
     assert weight is not None
     matrix = weight if weight.shape[-2:] == (x.shape[-1], y.shape[-1]) else weight.mT
@@ -237,10 +238,11 @@ def make_sums_cancel(
 
 @contextmanager
 def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
-    """Context manager for sampling, with autocast to `narrow`, or without autocast if `narrow` is None.
+    """Context manager in which functions are sampled. Autocast uses the dtype `narrow`, or is disabled if `narrow` is
+    None.
 
-    Dispatch modes and saved-tensor hooks are disabled inside the context, because activation checkpointing counts the
-    tensors that a forward pass saves, and a recomputation does not sample again.
+    Dispatch modes and saved-tensor hooks are disabled inside the context. Otherwise, activation checkpointing would
+    count the tensors that sampling saves in a forward pass, although a recomputation does not sample again.
     """
     same: Any = lambda tensor: tensor  # noqa: E731
     autocast = torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None, cache_enabled=False)
@@ -250,9 +252,9 @@ def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
 
 
 def iter_pieces(size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield tuples of the row count, the first row, and the number of rows that precede it in memory. The row counts
-    and the numbers of preceding rows are multiples of `size`. The smallest row counts come first, because they differ
-    the most."""
+    """Yield tuples that contain a row count, the index of the first row, and the number of rows that precede it in
+    memory. The row counts and the numbers of preceding rows are multiples of `size`. The smallest row counts come
+    first, because they differ the most."""
     numbers = {*(size * many for many in (1, 2, 3, 4, 5, 7)), MAX_ROWS // 2 // size * size, MAX_ROWS}
     for number in sorted(number for number in numbers if number <= MAX_ROWS):
         starts = {0, MAX_ROWS - number} if number > 3 * size else {0, 1, 3, MAX_ROWS - number}
@@ -270,7 +272,8 @@ def is_bitwise_equal(
     start: int,
     before: int,
 ) -> bool:
-    """Return whether a range of rows has the same bits as in `whole` when other rows precede it in memory."""
+    """Return whether the results for a range of rows have the same bits as in `whole`, even if other rows precede the
+    range in memory."""
     some = slice(start, start + number)
     rows, grads = (copy_at_offset(part[..., some, :], before * part.shape[-1]) for part in (x, y))
     results = zip(compute(rows, grads, *operands), whole, strict=True)
@@ -278,14 +281,14 @@ def is_bitwise_equal(
 
 
 def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """Return a contiguous copy that starts at an offset in its memory, where vectors may be unaligned."""
+    """Return a contiguous copy that starts at the given offset in its memory, so that vectors may be unaligned."""
     memory = tensor.new_empty(offset + tensor.numel())
     return memory[offset:].view(tensor.shape).copy_(tensor)
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Implement a `SampledFunction` for a differentiable function. The function returns the results without and with
-    grad mode, and the gradient of x."""
+    """Implement a `SampledFunction` for a differentiable function. The function returns a stack of two results,
+    computed without and with grad mode, and the gradient of x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -300,14 +303,14 @@ def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """Return the smallest multiple of `size` for which that many rows of every given width fill whole SIMD vectors.
+    """Return the smallest multiple of `size` such that this many rows fill whole SIMD vectors for all given widths.
     `size` must be a power of two up to 64. The result divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 
 def find_max_rows(block: int, width: int) -> int:
-    """Return the maximum number of rows `(r, width)` that may be passed to an elementwise function at once, as a
-    multiple of `block`. Raise a ValueError if a single block is too large."""
+    """Return the maximum number of rows `(r, width)` that may be passed to an elementwise function at once. The result
+    is a multiple of `block`. Raise a ValueError if a single block is too large."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN_SIZE:
@@ -326,8 +329,7 @@ def multiply_batch_invariant(
 ) -> Tensor:
     """Compute `product(x, weight, dtype)` in blocks. The product maps tokens `(..., t, p)` to `(..., t, q)`.
 
-    The block size is found by sampling `compute`. Operands are zero-padded to whole blocks of tokens and whole vectors
-    of columns.
+    The block size is found by sampling `compute`. Tokens are zero-padded to whole blocks, and columns to whole vectors.
     """
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % MIN_COLUMNS))

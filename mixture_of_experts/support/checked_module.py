@@ -21,7 +21,7 @@ def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
 
 
 class CheckedModule(nn.Module):
-    """A module that checks its settings whenever they are set, and whose sizes cannot change."""
+    """A module that checks its settings whenever they are set and does not allow its sizes to change."""
 
     #: attributes that determine parameter shapes and can be set only once
     shape_attributes: ClassVar[tuple[str, ...]] = ()
@@ -53,8 +53,8 @@ class FixedShapeModule(CheckedModule):
     """A module whose parameters can only be replaced with parameters of the same shape.
 
     Replacing parameters to prune or add experts would not update the module's sizes, from which the capacity is
-    computed. Casting, sharding, parametrizing and loading are supported, because they preserve shapes or do not set
-    attributes.
+    computed. Casting, sharding, parametrizing and loading parameters are supported, because these operations preserve
+    shapes or do not set attributes.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

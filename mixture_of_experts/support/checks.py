@@ -131,8 +131,8 @@ def check_tensors(**values: Any) -> None:
 
 
 def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None:
-    """Check that the tokens and the weights of `owner` are on devices of the same type. Torch allows operations that
-    mix the meta device with others, and raises an error later or not at all."""
+    """Check that the tokens and the weights of `owner` are on devices of the same type. Torch does not immediately
+    reject operations that mix the meta device with other devices, and raises an error later or not at all."""
     for weight in weights:
         if tokens.device.type != weight.device.type:
             raise ValueError(
@@ -165,7 +165,7 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """Check that `lengths` is an integer tensor with the number of tokens in each group."""
+    """Check that `lengths` is an integer tensor that contains the number of tokens in each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be an integer tensor of shape {tuple(shape)} with the number of tokens in each group, got "

@@ -3,8 +3,8 @@ call.
 
 An implementation is a module or an `Implementation` that provides two functions with the same arguments.
 `unsupported_reason` returns why the implementation does not support the call, or None if it does. `run` computes the
-call. Gates and all kinds of experts have a table of implementations by name. The fastest implementation comes first,
-and the last one supports all calls.
+call. Gates and each kind of experts have a table of implementations, keyed by name. The fastest implementation comes
+first, and the last one supports all calls.
 
 The requested implementation of experts and the use of router kernels are process-wide settings. The environment
 variable `MIXTURE_OF_EXPERTS_KERNELS` sets the initial implementation, and `ops.use` changes both.
@@ -35,7 +35,7 @@ def requested_implementation() -> str:
 
 
 def requested_router_kernels() -> bool | None:
-    """Return whether the user requests kernels for routers and queues, or None for the device's default."""
+    """Return whether the user requested kernels for routers and queues, or None for the device's default."""
     implementation, router_kernels = _requested
     return True if router_kernels is None and implementation == "triton" else router_kernels
 
@@ -57,7 +57,7 @@ class Explanation:
 
     Attributes:
         implementation: name of the implementation, as in `use`. For quantized experts, the name is "row_by_row" or
-            "expert_by_expert". For experts that no implementation computes (modules on slots, experts with a custom
+            "expert_by_expert". For experts that no implementation supports (modules on slots, experts with a custom
             `compute`, and experts on other ranks), the name is "module".
         reasons: why each faster implementation was not selected, keyed by name.
         gates: the explanation for each gate, in call order. The name "operators" refers to a gate's `decide` method.
@@ -86,8 +86,8 @@ LISTENERS = ListenerStack()
 
 @contextmanager
 def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
-    """Context manager that yields a list of explanations. Each entry is a pair of "gate" or "experts" and an
-    `Explanation`."""
+    """Context manager that yields a list of explanations. Each entry is a tuple that contains "gate" or "experts",
+    followed by an `Explanation`."""
     explanations: list[tuple[str, Explanation]] = []
     LISTENERS.lists.append(explanations)
     try:

@@ -49,14 +49,14 @@ def is_exporting() -> bool:
 
 
 def is_in_transform() -> bool:
-    """Return whether a `torch.func` transform (such as vmap or grad) is running outside of a traced graph. Values
-    cannot be read inside a transform."""
+    """Return whether a `torch.func` transform (such as vmap or grad) is running outside of a traced graph. Tensor
+    values cannot be read inside a transform."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:
     """Return whether forward-mode AD (`torch.func.jvp` or `torch.autograd.forward_ad`) is active outside of a traced
-    graph. In this mode, a `torch.autograd.Function` that defines only a backward raises an error."""
+    graph. In this mode, a `torch.autograd.Function` that defines only a backward formula raises an error."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
@@ -82,7 +82,7 @@ assume_constant_result(load_bundled_providers)  # traced graphs cannot import mo
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     """Reshape a tensor that has no other references. For autograd, the result is not a view.
 
-    Callers may then write `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
+    Callers can therefore use `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
     return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
     end with `_unsafe_view`.
     """
@@ -111,10 +111,10 @@ def disable_dispatch_modes() -> AbstractContextManager[Any]:
 
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
-    """Register an operator's FLOP formula with all active counters of this thread that do not have one.
+    """Register an operator's FLOP formula with all active counters in this thread that have no formula for it.
 
     Torch's `register_flop_formula` would register the formula for all counters. However, importing its module imports
-    Triton, which takes a sixth of the time of importing torch.
+    Triton, which takes one sixth as long as importing torch.
     """
     if torch.compiler.is_compiling():
         return
@@ -164,25 +164,26 @@ def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) 
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise a RuntimeError if `condition` (a 0-dim bool) is False when a traced graph runs. On a GPU, this check does
-    not synchronize."""
+    """Raise a RuntimeError if `condition` (a 0-dimensional bool tensor) is False when a traced graph runs. On a GPU,
+    this check does not synchronize."""
     torch._assert_async(condition, message)
 
 
 def get_function_modes() -> list[Any]:
-    """Return the torch function modes that are active in this thread. The last mode sees each call first."""
+    """Return the torch function modes that are active in this thread. The last mode in the list intercepts each call
+    first."""
     return overrides._get_current_function_mode_stack()
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum `value` over the ranks of a process group, using an operator that graphs can contain."""
+    """Sum `value` over the ranks of a process group, using an operator that can be captured in graphs."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
 
 
 def find_process_group(name: str) -> dist.ProcessGroup | None:
-    """Return the process group with this name, or None if this process has no such group."""
+    """Return the process group with the given name, or None if this process has no such group."""
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError):
@@ -199,8 +200,8 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Return the module that a wrapper contains, or None if the module is not a wrapper. The wrappers of torch and of
-    libraries with a provider are recognized."""
+    """Return the module that a wrapper contains, or None if the module is not a wrapper. Wrappers from torch and from
+    libraries that have a provider are recognized."""
     children: Any = module._modules
     if not children:
         return None
@@ -234,8 +235,7 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 def disable_compilation(model: nn.Module) -> Iterator[None]:
     """Context manager that runs a model's modules without `torch.compile`, so that their hooks are called.
 
-    Unlike `torch.compiler.set_stance`, which applies to the whole process, this context manager does not affect other
-    models.
+    This context manager does not affect other models, whereas `torch.compiler.set_stance` applies to the whole process.
     """
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
@@ -299,7 +299,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """Return what would be lost if another module replaced this one, or None if nothing would be lost. Forward and
+    """Return what would be lost if a module were replaced by another one, or None if nothing would be lost. Forward and
     backward hooks are not lost, because `move_hooks` moves them."""
     if any(getattr(module, table) for table in STATE_HOOKS):
         return "has state-dict hooks, which depend on the names and shapes of its weights; remove them first"
@@ -324,17 +324,18 @@ def has_hooks(module: object) -> bool:
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows between the ranks of a process group, using a differentiable operator that graphs can contain."""
+    """Exchange rows between the ranks of a process group, using a differentiable operator that can be captured in
+    graphs."""
     from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU, in float32.
+    """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU. The sums are in float32.
 
     Args:
-        indices: `(m,)` int64, the row indices of all sums, one sum after another.
+        indices: `(m,)` int64, the concatenated row indices of all sums.
         offsets: `(s,)` int64, the start of each sum in `indices`.
         weights: `(m,)` float32. The weights must be contiguous, because the operator ignores strides.
     """
@@ -354,7 +355,8 @@ def pack_int4(levels: Tensor) -> Tensor:
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """Multiply x `(r, p)` by the weight `(level - 8) * step + zero` `(p, q)` in bfloat16 on a CPU, and return `(r, q)`.
+    """Multiply x `(r, p)` by a packed weight in bfloat16 on a CPU, and return `(r, q)`. The weight `(p, q)` is `(level
+    - 8) * step + zero`.
 
     Args:
         packed: the result of `pack_int4`, in any shape.
@@ -367,8 +369,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Return whether the CPU natively supports matrix products in this dtype, so that torch computes them as fast as in
-    float32. Non-x86 CPUs are assumed to support all dtypes."""
+    """Return whether the CPU natively supports matrix products in the given dtype, so that torch computes them as fast
+    as in float32. Non-x86 CPUs are assumed to support all dtypes."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -379,7 +381,7 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make `DistributedDataParallel(model)` ignore these parameters and buffers, in addition to those that it already
+    """Make `DistributedDataParallel(model)` ignore the given parameters and buffers, in addition to any that it already
     ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
@@ -387,20 +389,20 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
 
 def is_in_ddp() -> bool:
     """Return whether the forward pass of a `DistributedDataParallel` module is running. Graphs that call this function
-    are retraced in another DDP module, because `id` installs a guard."""
+    are retraced when they run in another DDP module, because `id` installs a guard."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
 
 def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
-    """Exclude buffers whose last name is in `endings` from the broadcasts of the running `DistributedDataParallel`
-    module. DDP then no longer copies these buffers from the first rank before a forward pass.
+    """Exclude buffers whose last name component is in `endings` from the broadcasts of the running
+    `DistributedDataParallel` module. DDP then no longer copies these buffers from the first rank before a forward pass.
 
     Returns:
         The names of the buffers that cannot be excluded. A buffer can only be excluded if all ranks exclude it, but
         some ranks may not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have
-        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded if a graph is `traced`, because
-        a graph traced outside of DDP is not retraced on all ranks.
+        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded while a graph is being traced,
+        because a graph traced outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

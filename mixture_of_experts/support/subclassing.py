@@ -1,7 +1,7 @@
 """Detects which methods of a package class are overridden by subclasses or by instance attributes.
 
-Fast implementations replace the methods of a class. Fast implementations also apply to subclasses that do not override
-these methods, such as the classes that FSDP2 and parametrizations generate for a module.
+Fast implementations replace the methods of a class. They also apply to subclasses that do not override the replaced
+methods, such as the classes that FSDP2 and parametrizations generate for a module.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
-    """Return the first of `names` that a module or its class does not inherit from `base`, or None if all are
-    inherited.
+    """Return the first name in `names` that a module or its class overrides, or None if all names are inherited from
+    `base`.
 
     Example:
         >>> class Base:
@@ -51,7 +51,7 @@ def is_unchanged(module: nn.Module) -> bool:
     """Return whether a module computes the same results as the class of this package from which it derives.
 
     Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and other libraries' hooks set `forward` on
-    the module. Of these methods, only `forward` changes the computation, and only if it is defined in the class.
+    the module. The only exception is a `forward` method defined in a class, because it changes the computation.
     """
     kind = type(module)
     base = next((base for base in kind.__mro__ if is_package_class(base)), None)

@@ -23,7 +23,8 @@ def symbolic_min(first: int, second: int) -> int:
 
 
 def symbolic_max(first: int, second: int) -> int:
-    """Return the maximum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
+    """Return the larger of two lengths. If a length is dynamic in an exported or compiled graph, the result is a
+    symbolic expression."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
@@ -35,14 +36,14 @@ def is_exporting_to_onnx() -> bool:
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """Return `values + times * others`. The sum takes one operator, or two in exported graphs, because ONNX does not
+    """Return `values + times * others`. The sum requires one operator, or two in exported graphs, because ONNX does not
     support a dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Return whether a tensor's values can be read without a sync, which requires a CPU tensor outside of traces and
-    transforms."""
+    """Return whether a tensor's values can be read without a sync. The tensor must be on a CPU, and outside of traced
+    graphs and transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
@@ -54,8 +55,7 @@ def has_data(tensor: Tensor) -> bool:
 
 
 def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
-    """Return whether the call stack above the frame `within` contains a function of torch's activation
-    checkpointing."""
+    """Return whether a function of torch's activation checkpointing is on the call stack above the frame `within`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
         if frame.f_code.co_filename == checkpoint.__file__:
@@ -71,6 +71,6 @@ def get_device_capability(device: torch.device) -> tuple[int, int]:
 
 
 def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context that disables autocast, so that operators keep the dtype of their operands."""
+    """Return a context that disables autocast, so that operators preserve the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

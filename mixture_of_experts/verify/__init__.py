@@ -1,4 +1,4 @@
-"""Verifies mixture-of-experts layers: each of thirty-two properties has a promise, a measurement and a verdict."""
+"""Verifies mixture-of-experts layers. Each of thirty-two properties has a promise, a measurement and a verdict."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def verify(
     segment_ids: str | RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
-    """Measure the properties of a mixture-of-experts layer. Only copies of the module run, not the module itself.
+    """Measure the properties of a mixture-of-experts layer. All measurements run copies of the module, never the module
+    itself.
 
     Only `module` is required. Properties that need a missing argument are skipped. For `MoE` and `HeirarchicalMoE`, all
     arguments are inferred. The router is also inferred for blocks that contain one gate of this package or one router
@@ -46,7 +47,8 @@ def verify(
     Args:
         module: a module that maps `(b, n, d)` to a tensor of the same shape, or to a tuple that starts with such a
             tensor. A small module is sufficient, because the properties do not depend on its size.
-        dim: the model dimension d. Default: the only weight dimension that works as the input width.
+        dim: the model dimension d. Default: inferred from the weights, which requires that exactly one weight dimension
+            works as the input width.
         mask: name of the argument for a bool mask `(b, n)` that is True for real tokens, or a function
             `(module, x, mask)` that calls the module.
         loss: index or key of the auxiliary loss in the module's return value, or a function `(module, returned)` that
@@ -94,9 +96,9 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
         arguments: the arguments `dim`, `mask`, `loss`, `router` and `segment_ids` of `verify`.
 
     Raises:
-        AssertionError: a named property fails, does not apply, or is not measured because its argument is missing. Omit
-            properties that do not apply. If no properties are named, only failing properties raise an error. The
-            message gives the reason for each such property, and includes the report.
+        AssertionError: a specified property fails, does not apply, or is not measured because a required argument is
+            missing. Omit properties that do not apply. If no properties are specified, only failing properties raise an
+            error. The error message includes the report, and states the reason for each of these properties.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating

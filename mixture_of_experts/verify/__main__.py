@@ -1,7 +1,7 @@
 """Command-line interface: `python -m mixture_of_experts.verify FACTORY` verifies the module that `FACTORY`
 ("package.module:function") returns.
 
-The function takes no arguments. The function returns a module, or a pair of a module and a dictionary of arguments for
+The function takes no arguments, and returns either a module or a pair of a module and a dictionary of arguments for
 `verify`.
 """
 

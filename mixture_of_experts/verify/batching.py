@@ -36,7 +36,7 @@ def select_tokens(outcome: Outcome, index: Any) -> Outcome:
 
 
 def mark_all_tokens(trial: Trial) -> Tensor:
-    """Return a bool mask that selects all tokens. Indexing with this mask flattens the sequences."""
+    """Return a bool mask that selects all tokens. Indexing a batch with this mask flattens the sequences."""
     return torch.ones(trial.case[:2], dtype=torch.bool)
 
 
@@ -135,8 +135,8 @@ def decoding(trial: Trial) -> Deviations:
     is_opt_in=True,
 )
 def invariance(trial: Trial) -> Deviations:
-    """Compare the outputs of a forward pass, and the outputs and input gradients of a step without the auxiliary
-    loss."""
+    """Compare the outputs of a forward pass. Also compare the outputs and input gradients of a step without the
+    auxiliary loss."""
     x = trial.make_tokens()
     tokens = x.flatten(0, 1)
     count = len(tokens)
@@ -180,8 +180,8 @@ def every_choice(trial: Trial) -> Deviations:
 
 
 def find_reached_weights(outcome: Outcome) -> Tensor:
-    """Return a `(w)` bool mask of the weights with a nonzero gradient. Parameters with three or more dimensions have
-    one entry for each slice along the first dimension. Other parameters have one entry."""
+    """Return a bool mask `(w,)` that is True for weights with a nonzero gradient. A parameter has one entry for each
+    slice along its first dimension if it has three or more dimensions, and a single entry otherwise."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
     return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
 

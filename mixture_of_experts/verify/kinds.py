@@ -1,4 +1,4 @@
-"""Describes failures that are expected for a kind of layer because its definition implies them."""
+"""Describes failures that are expected for a kind of layer because they follow from its definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROSS_SEQUENCE_PROPERTIES = ("padding", "nan_padding", "order", "batch", "causal
 
 
 def expected_failures(module: nn.Module) -> dict[str, str]:
-    """Return the reasons why properties may fail without a bug, keyed by property name."""
+    """Return the reasons why properties may fail even though there is no bug, keyed by property name."""
     found: dict[str, str] = {}
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
@@ -26,7 +26,7 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 
 
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the properties that a router may lack, together with the reason."""
+    """Yield the names of properties that a router may lack, paired with the reason."""
     gate = site.gate
     if site.external is not None:
         yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"

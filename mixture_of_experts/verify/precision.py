@@ -1,4 +1,5 @@
-"""Measures numerical properties: gradients against finite differences, and the effects of lower precision."""
+"""Measures numerical properties: the accuracy of gradients, compared with finite differences, and the effects of lower
+precision."""
 
 from __future__ import annotations
 

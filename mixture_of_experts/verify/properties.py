@@ -33,7 +33,7 @@ class Property:
         modes: the modes in which the property must hold. True means training mode, and False means eval mode.
         is_deterministic_only: whether to measure only modes in which the module draws no random numbers.
         limit: the largest deviation for which the property holds. If None, the trial's rounding limit is used.
-        is_opt_in: whether the property is measured only if it is requested by name.
+        is_opt_in: whether the property is measured only on request.
     """
 
     measure: MeasureFunction

@@ -24,8 +24,8 @@ def read_settings() -> dict[str, Any]:
 
 @contextmanager
 def preserve_settings() -> Iterator[None]:
-    """Context manager that undoes lasting changes to process-wide and thread-local settings on exit, including the grad
-    mode."""
+    """Context manager that undoes lasting changes to process-wide and thread-local settings, including the grad mode,
+    on exit."""
     before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Measures state properties: calls leave no traces, and copies are complete."""
+"""Measures state properties: calls have no lasting effects, and copies are complete."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def threads(trial: Trial) -> Deviations:
 
 
 def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
-    """Run a forward pass that pauses at a submodule or at its end while another thread runs a second one. Return both
-    outcomes."""
+    """Run a forward pass that pauses at a submodule or at its end, while another thread runs a second forward pass.
+    Return both outcomes."""
     module, other = trial.copy_module(), list[Future[Outcome]]()
     with ThreadPoolExecutor(1) as pool:
 
@@ -119,7 +119,7 @@ def raised(trial: Trial) -> Deviations:
 
 
 class InjectedError(Exception):
-    """An error that is raised on purpose in a forward pass."""
+    """An error that is deliberately raised in a forward pass."""
 
 
 def raise_injected_error(module: nn.Module, inputs: object) -> None:

@@ -1,5 +1,5 @@
-"""Measures properties of a training step: the output, auxiliary loss, gradients and counts are correct regardless of
-how the step is run."""
+"""Measures properties of training steps: the output, auxiliary loss, gradients and counts are correct regardless of how
+a step is run."""
 
 from __future__ import annotations
 

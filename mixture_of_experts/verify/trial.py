@@ -43,7 +43,7 @@ Deviations = Iterator[Deviation]
 
 
 class Case(NamedTuple):
-    """The size and seed of a batch. If the tokens are similar, they request the same experts."""
+    """The size and seed of a batch. Similar tokens request the same experts."""
 
     num_sequences: int
     num_tokens: int
@@ -62,7 +62,7 @@ DEFAULT_CASE = Case(2, 16, 0)
 
 @dataclass(frozen=True)
 class Trial:
-    """The configuration of one measurement. Only fresh copies of the module run, not the module itself.
+    """The configuration of one measurement. All runs use fresh copies of the module, never the module itself.
 
     Attributes:
         module, dim, mask, loss, router, segment_ids: see `verify`.
@@ -110,12 +110,11 @@ class Trial:
         seed: int = 0,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """Return the output in the shape of the tokens, and the loss if `self.loss` is set. In eval mode, gradients are
-        enabled only if `x` requires them.
+        """Return the output, reshaped to the shape of the tokens, and the loss if `self.loss` is set. In eval mode,
+        gradients are enabled only if `x` requires them.
 
         Args:
-            x, module: the tokens and the module to run. By default, the trial's tokens and a fresh copy of its module
-                are used.
+            x, module: the tokens and the module to run. Default: the trial's tokens and a fresh copy of its module.
             mask: bool `(b, n)`, True for real tokens.
             segment_ids: int64 `(b, n)`, the document ids of packed rows.
         """
@@ -152,9 +151,9 @@ class Trial:
         scale: float = 1,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """Run a forward and a backward pass. The objective is the weighted output plus the loss, or only one of them if
-        `loss_from` is "output" or "loss". The objective is multiplied by `scale` for the backward pass, and the
-        gradients are divided by `scale` afterwards."""
+        """Run a forward and a backward pass. By default, the objective is the weighted output plus the loss. If
+        `loss_from` is "output" or "loss", the objective is only the weighted output or only the loss. The objective is
+        multiplied by `scale` for the backward pass, and the gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
         x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # `detach` preserves strides
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
@@ -170,7 +169,7 @@ class Trial:
         return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
     def measure_buffer_changes(self, module: nn.Module) -> Outcome:
-        """Return the differences between a module's buffers and those of the trial's module, which never ran."""
+        """Return the differences between a module's buffers and those of the trial's module, which is never run."""
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()
@@ -219,15 +218,15 @@ def infer_arguments(trial: Trial) -> Trial:
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the output weights for the sum that a step differentiates. The weights depend only on the token, and are 0
-    for padding."""
+    """Return the weights that multiply the output in a step's objective. The weights depend only on the tokens, and are
+    0 for padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
 def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
-    """Return why a layer cannot compute packed rows. Return None if the layer can, or if the module is not a layer of
-    this package."""
+    """Return the reason why a layer does not support packed rows. The result is None if the layer supports them, or if
+    the module is not a layer of this package."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         return None
     gates = [getattr(module, name) for name in module.gate_names]
@@ -235,7 +234,8 @@ def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def infer_width(trial: Trial) -> int:
-    """Return the only weight dimension that works as the module's input width."""
+    """Return the weight dimension that works as the module's input width. Raise a ValueError if no dimension or more
+    than one dimension works."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):
@@ -249,8 +249,8 @@ def infer_width(trial: Trial) -> int:
 
 
 def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
-    """Return a bool tensor `(..., n * e)` of the experts that compute each token, read from the module's only supported
-    gate."""
+    """Return a bool tensor `(..., n * e)` that marks the experts that compute each token. The module must have exactly
+    one supported gate."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
     none = torch.zeros_like(routing.probs).flatten(-2)
@@ -262,7 +262,7 @@ def compare_outcomes(
     found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
 ) -> Deviation:
     """Return the largest difference between two outcomes. Differences are relative to the largest absolute value of
-    each tensor. For gradients, the reference value is at least a thousandth of the largest gradient. A NaN difference
+    each tensor. The reference for a gradient is at least one thousandth of the largest gradient. A NaN difference
     counts as infinite.
 
     Args:

@@ -1,4 +1,4 @@
-"""Implements calls on CPUs with a single `torch.autograd.Function`, and decoding with a shorter code path."""
+"""Implements expert calls on CPUs as a single `torch.autograd.Function`. Decoding uses a shorter code path."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mixture_of_experts.support.private_torch import is_in_transform
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why this implementation does not support a call, or None if it does. The implementation requires plain,
-    readable CPU tensors and a known activation."""
+    """Return the reason why this implementation does not support a call, or None if it does. The implementation
+    requires plain, readable CPU tensors and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():

@@ -1,5 +1,5 @@
-"""Batch-invariant implementation for CPUs. This implementation runs `chunked` with each expert's rows in blocks, so
-that a token's output has the same bits in any batch."""
+"""Batch-invariant implementation for CPUs. This implementation runs `chunked` with each expert's rows split into
+blocks, so that a token's output has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from mixture_of_experts.support.batch_invariance import (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why a token's output may depend bitwise on the other tokens in a call, or None if it does not."""
+    """Return the reason why the bits of a token's output may depend on the other tokens in a call, or None if they do
+    not."""
     if (reason := cpu.unsupported_reason(call)) is not None:
         return reason
     if call.assignments.k is None:
@@ -44,8 +45,8 @@ def run(call: Call) -> Tensor:
 def sample_products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
     """Return the products that `chunked` computes for rows x `(n, r, p)` and weights `(n, p, q)`.
 
-    The products are computed for several experts together and for each expert alone. They are both written directly and
-    accumulated onto y `(n, r, q)`. All results have the same memory offset as y.
+    The products are computed for several experts together and for each expert alone, with and without accumulation onto
+    y `(n, r, q)`. All results have the same memory offset as y.
     """
     outs = [copy_at_offset(y, int(y.storage_offset())) for _ in range(4)]
     for add, (together, alone) in enumerate((outs[:2], outs[2:])):

@@ -1,5 +1,5 @@
-"""Groups experts into batches that are computed as one product on a CPU, and groups batches into chunks that reuse
-memory.
+"""Groups experts into batches, and batches into chunks. Each batch is computed as one product on a CPU, and chunks
+reuse memory.
 
 All experts in a batched product have the same number of rows, so experts with fewer rows are padded.
 """
@@ -36,7 +36,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
     Args:
         counts: number of rows of each expert.
-        row_work: number of multiplications in the product of a row and a weight.
+        row_work: number of multiplications needed to multiply a row by a weight.
         threads: number of threads. A batched product assigns whole experts to threads, so the number of experts in a
             batch should be a multiple of `threads`.
         max_rows: maximum number of rows in a batch that contains several experts.
@@ -65,7 +65,8 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
 
 def make_chunks(batches: list[ExpertBatch], max_rows: int) -> list[list[ExpertBatch]]:
-    """Assign consecutive batches to chunks of at most `max_rows` rows. A batch with more rows forms its own chunk."""
+    """Assign consecutive batches to chunks of at most `max_rows` rows. A batch with more rows than this forms its own
+    chunk."""
     chunks: list[list[ExpertBatch]] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1][0].start <= max_rows:

@@ -28,10 +28,10 @@ from mixture_of_experts.ops.network import Call, Network
 
 
 class RowBlocking(NamedTuple):
-    """Block sizes for which the bits of a row do not depend on other rows (see `batch_invariant`).
+    """Block sizes with which the bits of a row do not depend on other rows (see `batch_invariant`).
 
     Attributes:
-        size: a divisor of each expert's number of rows.
+        size: number of rows per block, which divides each expert's row count.
         activated: maximum number of rows that an activation computes at a time, which is a multiple of `size`.
         multiplied: maximum number of rows per expert in a matrix product, which is a multiple of `size`.
     """
@@ -60,13 +60,13 @@ def run(call: Call, row_functions: row_network.RowFunctions = row_network, block
 def permute_to_chunks(
     assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
 ) -> tuple[Permutation, list[list[ExpertBatch]]]:
-    """Return a call's permutation, which includes padding rows, and its chunks of rows.
+    """Return the permutation for a call, including padding rows, and the chunks into which the rows are split.
 
     Args:
         assignments: the assignments of the call.
-        row_work: number of multiplications in the product of a row and a weight.
+        row_work: number of multiplications needed to multiply a row by a weight.
         row_bytes: number of bytes in a token's row and its pre-activations.
-        row_multiple: a divisor of each expert's padded number of rows.
+        row_multiple: a divisor of each expert's row count, including padding.
     """
     threads, chunks = torch.get_num_threads(), []
     max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
@@ -146,8 +146,8 @@ class ChunkLayout(row_network.RowLayout):
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def multiply_rows(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """Multiply rows x by the weights of their experts. The result `(r, q)` is written to `out`, or added to it if
-        `add` is True."""
+        """Multiply rows x by their experts' weights. The result `(r, q)` is written to `out`, or added to it if `add`
+        is True."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for operands in zip(self.split_batches(x), self.select_experts(weight), self.split_batches(out), strict=True):
             for part, matrix, result in self.split_blocks(*operands):

@@ -1,13 +1,13 @@
-"""Computes inference calls with few rows on a CPU, as during decoding, with as few operators as possible.
+"""Computes inference calls with few rows on a CPU, such as decoding steps, with as few operators as possible.
 
 Axes: t (tokens), k (choices), a (assignments), r (rows), e (experts), p and q (inner and outer dimensions of a weight),
 d (model dimension), o (output dimension).
 
-No `Permutation` is constructed, because this would take longer than the products of one token. For up to
-`MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. With more tokens, rows are computed expert by expert,
-and tables are Python lists. Products are passed as functions, so that this module also supports quantized and adapted
-weights. It is used only in eval mode without gradients, because in training, a recomputation must produce the same bits
-as its forward.
+No `Permutation` is constructed, because constructing one would take longer than computing the products for one token.
+For up to `MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. With more tokens, rows are computed expert
+by expert, using Python lists as lookup tables. Products are passed as functions, so that this module also supports
+quantized and adapted weights. This code is used only in eval mode without gradients, because a recomputation during
+training must produce the same bits as its forward pass.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call with plain weights, and return `(t, o)`. Each token's sum over choices is computed in at least
-    float32.
+    """Compute the outputs `(t, o)` of a call with plain weights. The sum over each token's choices is computed in
+    float32 or higher precision.
 
     If there are few tokens and all choices are kept, each row may be computed separately.
     """
@@ -44,12 +44,13 @@ def run(call: Call) -> Tensor:
 
 
 def prefers_row_sums(network: Network) -> bool:
-    """Return whether each row's product is computed as a weighted sum of the weight's rows. This is the case for
-    half-precision weights.
+    """Return whether to compute each row's product as a weighted sum of the weight's rows. Weighted sums are used only
+    for half-precision weights.
 
-    The choice depends only on dtype and shape, so that all machines compute the same bits, and it minimizes the worst
-    case over the measured CPUs. On five of them, with one thread and weights outside the caches, a sum takes 0.7x to
-    1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16 (`python -m experiments.cpu_constants --rows`).
+    The choice depends only on the dtype and shape, so that all machines compute the same bits. This choice minimizes
+    the worst case on the measured CPUs. On five CPUs, with one thread and weights that are not in the caches, a
+    weighted sum takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x as long in bfloat16 (`python -m
+    experiments.cpu_constants --rows`).
     """
     weights = (*network.w_in, network.w_out)
     return (
@@ -60,12 +61,12 @@ def prefers_row_sums(network: Network) -> bool:
 
 
 def has_few_kept_tokens(call: Call) -> bool:
-    """Return whether a call is small enough to compute its rows separately, and all of its choices are kept."""
+    """Return whether a call is small enough to compute its rows separately and keeps all of its choices."""
     return 0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS and False not in call.assignments.kept.tolist()
 
 
 def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowProduct) -> Tensor:
-    """Compute a call with few tokens, and return `(t, o)`. The rows are the tokens' choices, in order."""
+    """Compute the outputs `(t, o)` of a call with few tokens. There is one row per choice, ordered by token."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), k, expert = x.shape, assignments.k, assignments.expert
@@ -89,9 +90,10 @@ def compute_row_outputs(
 
 
 class GatherIndices(NamedTuple):
-    """Indices that select the p rows of an expert's weight for each of r rows. Their weighted sum is the product.
+    """Indices that gather the weight rows for r products. Each product is a weighted sum of the p rows of one expert's
+    weight.
 
-    Such a sum reads the weight once from start to end. If there are more threads than rows, each row of the weight is
+    Each sum reads the weight once from start to end. If there are more threads than rows, each of the weight's rows is
     split into parts.
 
     Attributes:
@@ -105,7 +107,7 @@ class GatherIndices(NamedTuple):
 
     @staticmethod
     def from_experts(expert: Tensor, weight: Tensor) -> GatherIndices:
-        """Return the indices into `weight` `(e, p, q)` for rows whose experts are `expert` `(r,)`."""
+        """Return the indices into a weight `(e, p, q)` for r rows, given the expert of each row."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
@@ -116,7 +118,7 @@ class GatherIndices(NamedTuple):
         return GatherIndices(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply each row of x `(r, p)` by its expert's weight, accumulating in at least float32."""
+        """Multiply each row of x `(r, p)` by its expert's weight, and accumulate in float32 or higher precision."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.indices, self.offsets, False, 0, False, scale)[0]
@@ -124,7 +126,7 @@ class GatherIndices(NamedTuple):
 
 
 def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multiply_by_expert) -> Tensor:
-    """Compute a call with rows sorted by expert, and return `(t, o)`. `multiply` takes the same arguments as
+    """Compute the outputs `(t, o)` of a call with rows sorted by expert. `multiply` takes the same arguments as
     `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None

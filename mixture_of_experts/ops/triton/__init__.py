@@ -1,7 +1,7 @@
 """Implements experts with Triton kernels for NVIDIA GPUs.
 
-The kernels are tested without a GPU, and a self-check runs on each card at first use. They have not been timed on any
-card, so they are used only on request; see `DEFAULT_FAMILIES`.
+The kernels are tested without a GPU, and a self-check runs on each card at first use. The kernels have not been timed
+on any card, so they are used only on request; see `DEFAULT_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MAX_WIDTH = 1 << 24  # maximum width for which offsets within a tile of 128 rows
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why the kernels are not used for a call, or None if they are.
+    """Return the reason why the kernels are not used for a call, or None if they are used.
 
-    Either they do not support the call, or they were not requested and another implementation may be as fast.
+    Either the kernels do not support the call, or they were not requested and another implementation may be as fast.
     """
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
@@ -55,7 +55,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Return why the kernels are used only on request, or None if no other implementation is known to be as fast."""
+    """Return the reason why the kernels are not used by default, or None if no other implementation is known to be as
+    fast."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels support only NVIDIA GPUs"
@@ -70,14 +71,14 @@ def _not_default_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return its output `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     from mixture_of_experts.ops.triton import forward_backward  # importing triton takes a second
 
     return forward_backward.run(call)
 
 
 def _is_decoding(call: Call) -> bool:
-    """Return whether this is a decoding call with low tiles, whose products use `mma.sync` on all cards."""
+    """Return whether this is a decoding call with few rows per tile, for which products use `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 

@@ -18,8 +18,8 @@ from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return its output `(t, o)`. Rows have no gaps even if the capacity is limited, so empty slots
-    cost nothing."""
+    """Compute the outputs `(t, o)` of a call. Rows have no gaps even if the capacity is limited, so empty slots cost
+    nothing."""
     return autograd.run_differentiable(
         triton_forward, triton_backward, call.x, permute_by_kernel(call.assignments), call.network
     )

@@ -1,5 +1,5 @@
-"""Defines `NetworkSpec`, which describes a network to the kernels, apart from its tensors. This module does not import
-Triton."""
+"""Defines `NetworkSpec`, which describes the layout and activation of a network to the kernels. This module does not
+import Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NetworkSpec(NamedTuple):
         layout: layout of the input weights: "plain" (one weight `(e, d, h)`), "gated" (two such weights),
             "concatenated" or "interleaved" (one weight `(e, d, 2 h)`).
         activation: name of the activation in `kernels/pointwise.py`.
-        alpha, limit: arguments of clamped SwiGLU.
+        alpha, limit: arguments of `ClampedSwiGLU`.
     """
 
     layout: str

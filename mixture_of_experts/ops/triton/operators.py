@@ -4,9 +4,9 @@ Axes: t (tokens), k (choices), a (assignments), r (rows sorted by expert, withou
 dimension), h (hidden dimension), o (output dimension), p (input weights per expert, 2 for gated experts with separate
 weights, otherwise 1).
 
-To `torch.compile`, each operator is a single call with known shapes instead of several launches. Tile positions and the
-number of tiles are internal, so one graph supports any number of tokens. The tile height is a constant of the compiled
-program, and depends on the mean number of rows per expert.
+In `torch.compile` graphs, each operator is a single call with known shapes rather than several launches. Tile positions
+and the number of tiles are internal, so one graph supports any number of tokens. The tile height is a constant of the
+compiled program, and depends on the mean number of rows per expert.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class FFNOperands(NamedTuple):
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:
-        """Return the operands with the alignment used in the self-check. Other alignments would run programs that it
-        does not check."""
+        """Return the operands with the alignment used in the self-check. Other alignments would run programs that the
+        self-check does not cover."""
         w_in = [make_dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # the kernels require both weights to have the same strides
             w_in = [weight.contiguous() for weight in w_in]
@@ -116,7 +116,7 @@ def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOpera
 
 
 class TileTable(NamedTuple):
-    """The table of tiles, each of which has up to `height` rows. See `find_tiles_kernel`."""
+    """The table of tiles. Each tile has up to `height` rows. See `find_tiles_kernel`."""
 
     table: Tensor
     expert_ends: Tensor
@@ -129,8 +129,8 @@ class TileTable(NamedTuple):
     schema=f"({OPERANDS_SCHEMA}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
-    """Return the token outputs `(t, o)`, and the products with the input weights `(p, r, q)`, where q is their number
-    of columns.
+    """Return the token outputs `(t, o)`, and the products with the input weights `(p, r, q)`, where q is the number of
+    weight columns.
 
     If `keep` is False, the products have no rows.
     """
@@ -161,8 +161,8 @@ def _(*arguments):
     schema=f"(Tensor grad, Tensor pre, {OPERANDS_SCHEMA}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
-    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. The gradient of weight is always computed. Other
-    gradients that are not needed are empty.
+    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. Gradients that are not needed are empty, except
+    that the gradient of weight is always computed.
 
     Args:
         grad: `(t, o)`, gradient of the token outputs.
@@ -235,8 +235,8 @@ def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out:
 
 
 def check_same_device(first: Tensor, *others: Tensor | None) -> None:
-    """Check that all tensors are on the same device. Otherwise, kernels would read invalid addresses, and fake tensors
-    would not be checked at all."""
+    """Check that all tensors are on the same device. Without this check, kernels would read invalid addresses, and fake
+    tensors would not be checked at all."""
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
@@ -245,12 +245,12 @@ def check_same_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
-    """Return the schedule entry for these operands on this card."""
+    """Return the schedule entry for the given tokens and mean row count on their card."""
     return find_schedule(find_entries(x.device, x.dtype), mean_rows)
 
 
 def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
-    """Return the block sizes and tiles of a call."""
+    """Return the block sizes and tiles for a call."""
     rows = operands.token.shape[0]
     check_row_count(operands.row.shape[0])
     schedule = get_schedule(operands.x, rows // operands.w_out.shape[0])
@@ -258,7 +258,7 @@ def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
 
 
 def check_row_count(number: int) -> None:
-    """Raise an error if there are too many rows for int32 indices, including those of partially filled blocks."""
+    """Raise an error if int32 is too small to index all rows, including the unused rows of partially filled blocks."""
     if number > MAX_KERNEL_ROWS:
         raise ValueError(
             f"the kernels support at most {MAX_KERNEL_ROWS} rows, got {number}; pass fewer tokens per call"
@@ -399,7 +399,7 @@ def launch_product(
     """Launch a kernel that multiplies rows by a weight. `axes` is the order of the weight's axes e, c (summed over) and
     n.
 
-    Each program writes `width` of the result's `columns`.
+    Each program writes `width` of the `columns` columns in the result.
     """
     length = weight.shape[axes.index("c")]
     launch_kernel(
@@ -431,7 +431,8 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """Write `x^T y` for each expert. x is gathered for input weights, and y for output weights."""
+    """Write `x^T y` for each expert's rows. The rows of x are gathered for input weights, and the rows of y are
+    gathered for output weights."""
     experts, lines, columns = grads[0].shape
     launch_kernel(
         kernels.weight_grads,
@@ -488,8 +489,8 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the kernel that sums each token's rows. In the forward, rows are weighted. In the backward, the gradients
-    of these weights are also computed."""
+    """Launch the kernel that sums each token's rows. In the forward pass, rows are weighted. In the backward pass, the
+    gradients of these weights are also computed."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch_kernel(

@@ -23,7 +23,7 @@ ROW_TABLE_BLOCK = 128  # assignments per program
 
 
 class RowTables(NamedTuple):
-    """The outputs of the kernels, under the same names.
+    """The outputs of the kernels. Each field has the same name as the corresponding kernel argument.
 
     Attributes:
         row: `(a,)` int32, row of each assignment.
@@ -38,11 +38,12 @@ class RowTables(NamedTuple):
 
 
 def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
-    """Return the permutation to rows without gaps. It differs from `permute_without_gaps(assignments)` in two ways.
+    """Return a permutation that arranges tokens in rows without gaps. It differs from
+    `permute_without_gaps(assignments)` in two ways.
 
-    First, assignments with weight 0 that occupy a slot have a row with a token, although this row is never read.
+    First, an assignment with weight 0 that occupies a slot has a row with a token, although this row is never read.
     Second, there are at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by
-    comparing all pairs.
+    comparing all pairs of assignments.
     """
     k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
@@ -58,11 +59,11 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
 def queued_choices(
     assignments: Assignments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """Return the kernel's inputs. With two levels, the choices are those of level two.
+    """Return the kernel's inputs. In a two-level layer, the choices are the level-two choices.
 
-    The inputs are the expert and position of each choice, whether it is queued, and whether it is kept, all `(a,)`;
-    each queue's row count `(e b,)`; `Assignments.slot_of_outer_choice`; and the numbers of tokens per group, choices
-    per token and experts per router.
+    The first four inputs have the shape `(a,)`: the expert and position of each choice, whether it is queued, and
+    whether it is kept. They are followed by each queue's row count `(e b,)`, `Assignments.slot_of_outer_choice`, and
+    the numbers of tokens per group, choices per token and experts per router.
     """
     routing, k = assignments.routing, assignments.k
     assert k is not None
@@ -124,7 +125,7 @@ def triton_plan(
         expert, ..., experts_of_router: outputs of `queued_choices`.
         num_experts: e.
         k: number of choices per token.
-        num_rows: r, at least the sum of `length` and at most a.
+        num_rows: number of rows r, which is at least the sum of `length` and at most a.
     """
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)
@@ -165,7 +166,8 @@ def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_
 
 
 def count_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
-    """Return the number of assignments a. With two levels, each level-one choice has `choices_of_gate` assignments."""
+    """Return the number of assignments a. In a two-level layer, each level-one choice has `choices_of_gate`
+    assignments."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 

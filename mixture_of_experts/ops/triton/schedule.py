@@ -43,8 +43,8 @@ class WeightBlockSizes(NamedTuple):
 class Schedule(NamedTuple):
     """The number of `rows` per tile, and the block sizes of each kernel.
 
-    `cost` is the estimated time per row of a full tile, relative to the highest tiles. If gated experts have two
-    weights, each weight provides half of the `n` columns.
+    `cost` is the estimated time per row of a full tile, relative to tiles with the largest number of rows. If gated
+    experts have two weights, each weight provides half of the `n` columns.
     """
 
     rows: int
@@ -59,24 +59,25 @@ class Schedule(NamedTuple):
 def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
-    """Return an entry for bfloat16 or float16. `down` and `row_grads` are the column counts of these kernels."""
+    """Return a schedule entry for bfloat16 or float16. `down` and `row_grads` are the numbers of columns per block in
+    the kernels of the same names."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
 
 
 def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule]:
-    """Return entries with tiles of 16, 32 and 64 rows.
+    """Return schedule entries with tiles of 16, 32 and 64 rows.
 
-    Low tiles read weights more often. A program with m rows and 128 columns reads `1 / m + 1 / 128` elements per
-    multiplication, which matters more on cards with faster products.
+    Tiles with fewer rows read weights more often. A program with m rows and 128 columns reads `1 / m + 1 / 128`
+    elements per multiplication, which matters more on cards with faster products.
     """
     return [_make_half_entry(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
 
 
 def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """Return an entry for float32. Blocks of `row_grads` are narrow, because two sums of 64 columns spill registers on
-    sm_100."""
+    """Return a schedule entry for float32. Blocks of `row_grads` are narrow, because two sums with 64 columns each
+    spill registers on sm_100."""
     blocks = BlockSizes(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
 
@@ -125,13 +126,13 @@ INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
 
 
 def get_input_precision(dtype: torch.dtype) -> str:
-    """Return "tf32" or "ieee", the precision that torch is set to use for float32 products."""
+    """Return torch's precision setting for float32 products, "tf32" or "ieee"."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """Return the entries for a card and dtype, or the interpreter's entries for a CPU."""
+    """Return the schedule entries for a card and dtype, or the interpreter's entries for a CPU."""
     if device.type == "cpu":
         return INTERPRETER_SCHEDULES
     family = find_card_family(get_device_capability(device))
@@ -147,15 +148,15 @@ def uses_comparison(assignments: Assignments, max_compared: int = MAX_COMPARED_A
 
 
 def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """Return the number of rows in a call's permutation. The self-check and the launch use it to select a schedule
-    entry."""
+    """Return the number of rows in a call's permutation. The self-check and the launch use this number to select a
+    schedule entry."""
     if assignments.routing is None or uses_comparison(assignments, max_compared):
         return assignments.max_rows
     return symbolic_min(assignments.max_rows, assignments.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """Return the entry with the lowest estimated time for a mean of `mean_rows` rows per expert."""
+    """Return the schedule entry with the lowest estimated time, given the mean number of rows per expert."""
     return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 

@@ -1,4 +1,4 @@
-"""Checks the kernels' results on this card before their first use.
+"""Checks the kernels' results on a card before the kernels are first used on it.
 
 Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 
@@ -9,7 +9,8 @@ pipeline buffer several times, and several programs write the table of tiles. If
 raised, the Triton implementation is disabled for the process, with a warning.
 
 Before the first call with a tensor of more than 2^31 elements, the kernels also compute the same tokens and experts as
-part of a call whose weights and rows are that large. Its other tokens and weights are zero, and have no gradients.
+part of a larger call, whose weights and rows exceed this size. All other tokens and weights in the larger call are zero
+and have no gradients.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ class CallKind(NamedTuple):
 
     Attributes:
         device: the GPU.
-        dtype: dtype of x and weights.
+        dtype: dtype of x and the weights.
         spec: layout and activation of the network.
         biases: whether there are input biases, and whether there are output biases.
         transposed: whether the input weights are stored transposed, and whether the output weights are.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
-        decoding: whether only the forward is launched.
+        decoding: whether only the forward pass is launched.
         far: whether any tensor has more elements than int32 can index.
     """
 
@@ -82,9 +83,10 @@ EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")
 
 @assume_constant_result  # runs during tracing without being traced itself
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
-    """Check the kernels for one kind of call, with a mean of `mean_rows` rows per expert (None for any number).
+    """Check the kernels for one kind of call. `mean_rows` is the mean number of rows per expert, or None for any
+    number.
 
-    The kind is passed as plain tuples, because graphs support no other tuples. Return the fault found, or None.
+    The kind is passed as plain tuples, because graphs do not support named tuples. Return the fault found, or None.
     """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
@@ -107,8 +109,8 @@ def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[S
 
 
 def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, precision: Any) -> str | None:
-    """Return the kernels' fault, or None, for one schedule entry and torch's setting for the precision of float32
-    products."""
+    """Check the kernels with one schedule entry and one precision setting for float32 products. Return the fault found,
+    or None."""
     torch.backends.cuda.matmul.fp32_precision = precision
     call = make_call(kind, *find_call_size(entries, entry))
     said = f"for {kind.spec.layout} experts with {kind.spec.activation}, {kind.dtype} and tiles of {entry.rows} rows,"
@@ -156,8 +158,8 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """Return a random call. The first expert has most of the rows, the second has none, and some choices have no
-    expert.
+    """Return a randomly generated call. The first expert has most of the rows, the second has none, and some choices
+    have no expert.
 
     Tokens, input weights and input biases are small integers times a power of two. Therefore, pre-activations are exact
     in every dtype and summation order, and rounding cannot move them across a kink of the activation.
@@ -196,8 +198,8 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_permutations_equal(assignments: Assignments) -> bool:
-    """Return whether the kernels for few and for many assignments compute the same permutation. The checked call itself
-    uses only the kernel for few assignments."""
+    """Return whether the kernel for few assignments and the kernel for many assignments compute the same permutation.
+    The checked call itself uses only the kernel for few assignments."""
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
@@ -205,7 +207,7 @@ def are_permutations_equal(assignments: Assignments) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a random gradient of the output, whose elements are exact in `dtype`."""
+    """Return a random gradient of the output, whose elements can be represented exactly in `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
@@ -214,8 +216,8 @@ def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -
     """Return the kernels' outputs in inference and, unless the kind is for decoding, their outputs and gradients in
     training.
 
-    All gradients are computed, and those of the choices' weights are also computed alone. Each of these cases uses
-    different programs. The gradient of the output is random unless `grad` is given.
+    All gradients are computed together, and the gradients of the choices' weights are also computed alone. Each of
+    these cases uses different programs. The gradient of the output is random unless `grad` is given.
     """
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
@@ -232,8 +234,8 @@ def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -
 
 
 def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return a tensor `(size, ...)` with `values` `(n, ...)` at `index` `(n,)` and zeros elsewhere, in the layout of
-    `values`."""
+    """Return a tensor `(size, ...)` that contains `values` at the positions in `index` and zeros elsewhere. The result
+    has the same memory layout as `values`."""
     if values.ndim == 3 and values.stride(-1) != 1:
         return place_among_zeros(values.mT, index, size).mT
     return values.new_zeros(size, *values.shape[1:]).index_copy_(0, index, values)
@@ -242,8 +244,8 @@ def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
 def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
     """Return a larger call that contains the tokens and experts of `call`, and the indices of these tokens and experts.
 
-    The indices include the larger call's first and last tokens and experts. All of its weights and, with many rows per
-    expert, all of its tensors of rows have more than `INT32_ELEMENTS` elements.
+    The indices include the larger call's first and last tokens and experts. All weights in the larger call have more
+    than `INT32_ELEMENTS` elements. All tensors of rows exceed this size as well if there are many rows per expert.
     """
     given, device, (t, d), (e, h, o) = call.assignments, call.x.device, call.x.shape, call.network.w_out.shape
     number, k = given.weight.shape[0], given.weight.shape[0] // t
@@ -262,7 +264,7 @@ def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
 
 def compute_far_by_kernels(kind: CallKind, far: Call, token: Tensor, expert: Tensor) -> dict[str, Tensor]:
     """Return the same results as `compute_by_kernels(call, kind)`, computed by the larger call that
-    `make_far_call(call)` returned. Its other tokens have no gradient."""
+    `make_far_call(call)` returned. All other tokens in the larger call have no gradient."""
     grad = draw_output_gradient(far.x.new_empty(len(token), far.network.w_out.shape[-1]), far.x.dtype)
     found = compute_by_kernels(far, kind, place_among_zeros(grad, token, len(far.x)))
 
@@ -275,7 +277,7 @@ def compute_far_by_kernels(kind: CallKind, far: Call, token: Tensor, expert: Ten
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
-    """Compute the same results as `compute_by_kernels` with the batched implementation in float32."""
+    """Use the batched implementation in float32 to compute the same results as `compute_by_kernels`."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
