@@ -93,7 +93,7 @@ def test_mixed_dtypes(path, dtype, limit):
     if path.experts in ("ExpertList", "custom"):  # modules of the user's see what the user passes
         with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
             run_layer(layer, x, mask)
-        limit("custom experts receive tokens in the input's dtype, like any PyTorch module; autocast casts both")
+        limit("custom experts, like any PyTorch module, receive the input's dtype; autocast casts tokens and weights")
         return
     out, aux_loss = run_layer(layer, x, mask)
     expected = compute_everything(layer, x.detach().float().requires_grad_(), mask)
