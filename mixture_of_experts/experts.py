@@ -217,8 +217,8 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
     if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
             f"the gate is dropless, so experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} "
-            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (2.0 allows each "
-            "expert twice its even share), or derive the experts from RoutedExperts",
+            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (with 2.0, each "
+            "expert accepts up to twice its even share), or make the experts a subclass of RoutedExperts",
             stacklevel=2,
         )
     return permute_to_slots(assignments)

@@ -128,7 +128,7 @@ def replace_modules(
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
                 f"the experts in {name} cannot be replaced, because the {type(module).__name__} depends on them. Merge "
-                "adapters, or call fast_lora() before quantize_experts(), and compile experts afterwards"
+                "any adapters, or call fast_lora() before quantize_experts(), and compile the experts afterwards"
             )
         if isinstance(module, module_class):
             found[module] = name

@@ -40,7 +40,7 @@ def mask_and_group(
         if 0 < MAX_GROUP_SHRINKAGE * shape[1] < group_size and shape[0] > 1:
             raise ValueError(
                 f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, "
-                f"because no closer size divides {shape[0] * shape[1]}; pad the input, or choose a group_size that does"
+                f"because no closer size divides {shape[0] * shape[1]}; pad the input, or set group_size to a divisor"
             )
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
 
@@ -92,7 +92,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}, because no "
-            f"closer size divides {num_positions}. Pad the input, or choose a group_size that does",
+            f"closer size divides {num_positions}. Pad the input, or set group_size to a divisor",
             stacklevel=3,
         )
     return groups, length

@@ -80,7 +80,9 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
 def check_segment_ids(ids: Tensor, shape: torch.Size) -> Tensor:
     """Check that `ids` contains one integer per token and has the given shape, and return it in a signed dtype."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{SEGMENT_IDS} must be an integer tensor, got {ids.dtype}; equal ids in a row form a document")
+        raise TypeError(
+            f"{SEGMENT_IDS} must be an integer tensor, got {ids.dtype}; tokens with equal ids in a row form a document"
+        )
     if ids.dtype in UNSIGNED:
         ids = ids.to(torch.int64)
     if ids.shape != shape:

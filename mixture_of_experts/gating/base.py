@@ -237,8 +237,8 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} requires a single-level gate without length=, because each document becomes a group "
-                f"with its own length, but got {what}. Pass each document as a separate row with mask="
+                f"{SEGMENT_IDS} makes each document a group with its own length, so it cannot be combined with {what}. "
+                "Pass each document as a separate row with mask= instead"
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
@@ -411,7 +411,7 @@ class TokenChoiceGate(Gate):
         layer has no coefficient for them, because they are included in the statistics. List the side inputs that the
         gate reads in `side_inputs`. Call `apply_overrides` to support externally specified choices.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens) and return Choices")
+        raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens), which returns Choices")
 
     def forward(
         self,
@@ -564,7 +564,7 @@ class TokenChoiceGate(Gate):
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
                     f"{type(self).__name__} overrides `balance`, which does not support packed documents. Override "
-                    "`balance_loss` instead, or pass each document as a row with mask= instead of segment_ids="
+                    "`balance_loss` instead, or pass each document as a separate row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group

@@ -114,7 +114,8 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """
     if k > score.shape[-1]:
         raise ValueError(
-            f"k must be at most the number of experts ({score.shape[-1]}), but got {k}; a token chooses each only once"
+            f"k must be at most the number of experts ({score.shape[-1]}), but got {k}; a token chooses each expert "
+            "once"
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):

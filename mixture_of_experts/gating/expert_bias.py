@@ -132,7 +132,7 @@ class StepsWithoutUpdate:
         self.version = weight._version
         many_steps = self.steps >= self.MAX_STEPS
         if not self.warned and (many_steps or self.forwards >= self.SO_MANY):
-            count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forwards"
+            count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forward passes"
             self.warned = True
             warnings.warn(
                 f"expert_bias=True is set, but the bias was not updated in {count}. Use balance_experts(model, "

@@ -82,7 +82,7 @@ class HashGating(TopKGating):
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
                 f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Construct the gate with num_ids "
-                "set to the vocabulary size, and mask padding tokens with other ids"
+                "set to the vocabulary size, and mask padding tokens whose ids are out of this range"
             )
 
     @property

@@ -144,5 +144,5 @@ def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permut
             found[GIVEN] = append(value.flatten(0, 2), -1)[outer_permutation.assignment]
         else:
             got = tuple(value.shape[1:])
-            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of gate_inner), got {got}")
+            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, gate_inner.k), got {got}")
     return found

@@ -64,8 +64,8 @@ class NoisyTopKGating(TokenChoiceGate):
         k = super().check_k(k)
         if k >= self.num_experts:
             raise ValueError(
-                f"k must be less than num_experts={self.num_experts}, but got {k}; the load of an expert is measured "
-                "against the next best score. Use TopKGating to choose all experts"
+                f"k must be less than num_experts={self.num_experts}, but got {k}, because the load loss reads the (k "
+                "+ 1)-th largest score. Use TopKGating to choose all experts"
             )
         return k
 

@@ -479,7 +479,7 @@ def check_expert_groups(
         )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} must be at most num_groups={num_groups}, and that many groups must contain at "
-            f"least k={k} of the {num_experts} experts; pass other numbers, or set both to None to disable groups"
+            f"top_groups={top_groups} must be at most num_groups={num_groups}, and the chosen groups must contain at "
+            f"least k={k} of the {num_experts} experts; change these settings, or set num_groups and top_groups to None"
         )
     return num_groups, top_groups

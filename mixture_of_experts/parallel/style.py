@@ -181,7 +181,7 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} must have parameters whose first dimensions are {dims}, the expert dimensions, "
+            f"{type(experts).__name__} must have parameters whose first dimensions are the expert dimensions {dims}, "
             f"got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the unquantized model"
         )
     return frozenset(names)

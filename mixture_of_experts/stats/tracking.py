@@ -129,9 +129,7 @@ class RoutingStats:
         """Return the last step of a gate."""
         steps = self._read_steps(layer)
         if not steps:
-            raise RuntimeError(
-                f"no forward pass of {layer!r} was recorded, although forward passes of other gates were"
-            )
+            raise RuntimeError(f"no forward pass of {layer!r} was recorded, unlike those of other gates")
         return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:

@@ -118,8 +118,8 @@ def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     ]
     if missing and any(weight.grad is None for weight in optimizer_weights.difference(model.parameters())):
         warnings.warn(
-            f"the optimizer trains tensors that the model no longer has, but not {missing[0]}; construct it "
-            "after all changes to the model, such as upcycle(), prune() or unstack()",
+            f"the optimizer trains tensors that are no longer in the model, but not {missing[0]}; construct it after "
+            "all changes to the model, such as upcycle(), prune() or unstack()",
             stacklevel=4,
         )
 
