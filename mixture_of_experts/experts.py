@@ -53,7 +53,7 @@ from mixture_of_experts.support.subclassing import is_package_class
 from mixture_of_experts.support.tracing import has_data, is_host_readable
 
 DIM_OUT_HINT = ". If the experts change the width of tokens, set their dim_out to the width of the outputs"
-MAX_SLOTS_PER_CHOICE = 4  # calls with more slots per choice emit a warning
+MAX_SLOTS_PER_CHOICE = 4  # maximum number of slots per choice without a warning
 
 
 class RoutedExperts(nn.Module):
@@ -507,7 +507,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         try:
             out = expert(x)
         except RuntimeError:
-            check_devices(name, x, expert.parameters())  # check only after the call, because its hooks may move weights
+            check_devices(name, x, expert.parameters())  # check after the call, because hooks may move the weights
             raise
         check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta tensors silently
         return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)

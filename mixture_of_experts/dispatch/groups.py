@@ -33,7 +33,7 @@ def mask_and_group(
     x = inputs
     if mask is not None:
         check_mask(mask, inputs.shape[:-1])
-        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # multiplying by 0 would keep NaN
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # multiplying by 0 would not remove NaN
     shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would make a dynamic length static
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)

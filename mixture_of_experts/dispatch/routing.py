@@ -17,7 +17,7 @@ from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments
 from mixture_of_experts.support.private_torch import register_dataclass
 
 
-# compared and hashed by identity, because == of tensors is not a single bool
+# compared and hashed by identity, because == does not return a single bool for tensors
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
     """The routing decision of a gate, which contains the expert, slot and weight of each assignment.

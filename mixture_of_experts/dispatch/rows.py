@@ -24,7 +24,7 @@ def dispatch(x: Tensor, permutation: Permutation) -> Tensor:
 
 def combine(rows: Tensor, permutation: Permutation) -> Tensor:
     """Compute the weighted sum `(t, d)` of each token's rows `(r, d)` in float32, and cast the result."""
-    # with one choice per token, both are the same tensor, and a graph does not accept a tensor twice
+    # with one choice per token, both are the same tensor, which a graph does not accept twice
     assignment = None if permutation.token is permutation.assignment else permutation.assignment
     return _Combine.apply(
         rows, permutation.weight, permutation.token, permutation.row, assignment, permutation.k, permutation.num_tokens

@@ -395,7 +395,7 @@ class TokenChoiceGate(Gate):
             raise ValueError(
                 f"{GIVEN} must be an int64 tensor of shape {wanted}, got {given.dtype} {tuple(given.shape)}"
             )
-        if (padding := tokens.computed_padding) is not None:  # padding tokens have no given choices
+        if (padding := tokens.computed_padding) is not None:  # ignore choices passed for padding
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
@@ -538,7 +538,7 @@ class TokenChoiceGate(Gate):
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
-        )  # this avoids creating a tensor of loads
+        )  # this avoids creating a load tensor
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -614,7 +614,7 @@ class TokenChoiceGate(Gate):
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
-        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # final weights are 0 if not kept
+        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # final weights are 0 unless kept
         queues = None
         capacity, limit = self.capacity(tokens)
         if capacity is None:  # choices with weight 0 are not sent
@@ -676,7 +676,7 @@ class TokenChoiceGate(Gate):
         if not choices.is_masked:
             sent = both(sent, self.allowed(tokens))
         weight, padding_weight, padding = choices.weight, None, tokens.computed_padding
-        if (given := tokens.side.get(GIVEN)) is not None:  # padding tokens have no given choices
+        if (given := tokens.side.get(GIVEN)) is not None:  # ignore choices passed for padding
             computed = is_computed(given)
             sent = both(sent, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:

@@ -82,7 +82,7 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         counts: integer tensor of any shape that only this forward pass uses. It is set to 0 after being added.
         total: a buffer with the same shape as `counts`.
     """
-    if is_in_ddp():  # a graph is retraced inside another DDP wrapper
+    if is_in_ddp():  # graphs are retraced inside a different DDP wrapper
         # called even without gradients, because reentrant checkpointing enables them only in the backward pass
         keep_rank_counts(torch.compiler.is_compiling())
     if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward pass

@@ -94,5 +94,5 @@ def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
     """Assign k different random experts to each token id, and return int64 `(v, k)`. The numbers of ids assigned to any
     two experts differ by at most one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order take the next k experts in turn
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # in random order, each id takes the next k experts
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

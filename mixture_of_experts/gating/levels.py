@@ -72,7 +72,7 @@ def dispatch_to_inner_gate(
         real = outer.expert.new_full((b,), n) if outer.mask is None else outer.mask.sum(dim=-1)
         more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        if outer.limit is not None:  # use only the slots within the capacity for a group's own length
+        if outer.limit is not None:  # mask slots beyond the capacity for the group's own length
             mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))

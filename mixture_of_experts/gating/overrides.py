@@ -28,7 +28,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 # Side inputs that override decisions of a gate or describe its tokens
 GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # experts chosen for tokens, and their weights
-COUNTED = "counted"  # the tokens that count if padding is also computed
+COUNTED = "counted"  # mask of real tokens if padding is also computed
 STATE = "router_state"  # state of the router in the previous layer
 KEEP_ROUTER_CHOICE = -(1 << 15)  # the minimum int16 value
 

@@ -384,7 +384,7 @@ class TopKGating(TokenChoiceGate):
         assert bias is not None
         assert counts is not None
         first = weight.detach()[..., :1]
-        known = (first == first).expand_as(weight)  # exclude NaN, which ranks first, and which a gradient scaler skips
+        known = (first == first).expand_as(weight)  # exclude NaN, which sorts first; gradient scalers skip such steps
         if (padding := tokens.computed_padding) is not None:
             known = known & ~padding
         chosen = (known if allowed is None else allowed & known).flatten(-3, -2)

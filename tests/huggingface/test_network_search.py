@@ -233,7 +233,7 @@ LOST_NETWORKS = {
     "function in the code of": (
         lambda m, x: m.c(F.gelu(m.a(x))),
         dict(a=make_up(), c=make_down()),
-        "Inline implements the computation between the linear",
+        "Inline.* implements the computation between the linear",
     ),
     "units together": (make_pair, dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))), "no known activation"),
     "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no known activation"),
@@ -262,7 +262,7 @@ LOST_NETWORKS = {
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
         dict(PAIR, a=make_up(2 * H), act=nn.SiLU()),
-        "code of Inline",
+        "Inline.* implements the computation between",
     ),
 }
 

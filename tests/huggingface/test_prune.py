@@ -266,7 +266,7 @@ def test_groups_keep_equally_many():
         prune(make_layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
-    with pytest.raises(ValueError, match="keep between 3"):
+    with pytest.raises(ValueError, match="keep at least 3"):
         prune(make_layer(NoisyTopKGating(D, E, 2)), 2, "random")
 
 
