@@ -62,7 +62,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return its mean"
+                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return the mean"
             )
 
 

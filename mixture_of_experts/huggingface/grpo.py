@@ -78,7 +78,7 @@ class ReplayRouting:
             raise ValueError(
                 f"ReplayRouting records the trainer's own generation, but {other[0]} replaces it, and TRL does not "
                 f"pass on the engine's choices. Remove {other[0]}, and pass a rollout_func that queries your engine "
-                "and returns both the token ids and the choices, as 'routed_experts'"
+                "and returns its choices as 'routed_experts' in addition to the token ids"
             )
         self._recorded_sequences: list[SequenceReference] = []  # the sequences of the next log-probabilities
         self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended

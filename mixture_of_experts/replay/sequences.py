@@ -209,7 +209,7 @@ class SequenceWatch(ForwardWatch):
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
                 "the sequences in the cache were reordered between two forward passes, as in beam search (num_beams > "
-                "1), so their choices cannot be recorded or replayed; generate without beam search, or record another "
+                "1), so their choices cannot be recorded or replayed; generate without beam search, or run another "
                 "forward pass over the finished sequences"
             )
 

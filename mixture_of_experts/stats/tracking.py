@@ -129,7 +129,7 @@ class RoutingStats:
         """Return the last step of a gate."""
         steps = self._read_steps(layer)
         if not steps:
-            raise RuntimeError(f"no forward pass of {layer!r} was recorded, unlike those of other gates")
+            raise RuntimeError(f"no forward pass of {layer!r} was recorded; only other gates were recorded")
         return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:

@@ -110,8 +110,8 @@ class AuxLosses:
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected. Inside the context and in its thread, call the model that was passed "
-                "to collect_aux, and then call take() once. If the model was compiled and called before, its graph has "
+                "no auxiliary loss was collected. Call the model that was passed to collect_aux inside the context and "
+                "in its thread, and then call take() once. If the model was compiled and called before, its graph has "
                 "no hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)

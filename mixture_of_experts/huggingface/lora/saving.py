@@ -185,7 +185,7 @@ def write_with_peft(
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"in {type(found.model).__name__}, PEFT would adapt a different set of modules (the difference includes "
+            f"PEFT would adapt a different set of modules in {type(found.model).__name__} (the difference includes "
             f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}); adapt only experts and attention"
         )
     if not find_layers(found.model):
