@@ -18,7 +18,7 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # a ValueError is raised if groups are more than this many times shorter than requested
+MAX_GROUP_SHRINKAGE = 16  # maximum ratio of the requested to the actual group size; larger ratios raise a ValueError
 
 
 def mask_and_group(

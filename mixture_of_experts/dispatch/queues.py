@@ -254,7 +254,7 @@ def _by_kernels(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
     """Compute the result of `_by_operators` with three kernel launches."""
-    from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes a second
+    from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes about a second
 
     sent, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (sent, order))
     position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), sent, order, num_experts, k, by_choice)

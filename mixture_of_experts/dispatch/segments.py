@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SEGMENT_IDS = "segment_ids"  # name of the argument of layers and gates
-UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # some operators, such as sort, do not support all of them
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # operators such as sort do not support all of these dtypes
 
 
 @dataclass(frozen=True, eq=False)

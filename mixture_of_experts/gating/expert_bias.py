@@ -19,7 +19,7 @@ from mixture_of_experts.support.private_torch import (
     is_in_transform,
 )
 
-#: gate buffers in which each rank counts its own tokens, and the coefficient that is derived from these counts
+#: gate buffers in which each rank counts its own tokens, and the coefficient derived from these counts
 RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
@@ -112,7 +112,7 @@ class StepsWithoutUpdate:
     """
 
     MAX_STEPS = 50  #: number of optimizer steps before the warning
-    SO_MANY = 1000  #: training forward passes before the warning; a step has fewer, even with recomputed micro-batches
+    SO_MANY = 1000  #: training forward passes before the warning; a step runs fewer, even with recomputed micro-batches
     steps: int = 0  #: number of optimizer steps since the last update
     forwards: int = 0  #: number of training forward passes since the last update
     version: int | None = None  #: version of the weight in the last training forward pass

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NO_BIAS = "this gate has no expert bias; construct it with TopKGating(..., expert_bias=True)"
-NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all of them are 0
+NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all weights are 0
 Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
