@@ -115,7 +115,7 @@ def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
     warnings.warn(
         f"mean_choices={', '.join(map(str, means))} cannot be reached: l1_coef is at its maximum, {MAX_L1_COEF:g}, and "
         "tokens still make more choices on average. Check that the loss includes aux_loss with loss_coef=1 and that "
-        "the router is trained. If logits are positive for half of the experts regardless of the weights, as with "
-        "tokens of mean 0, pass bias=True to the gate. Otherwise, increase mean_choices",
+        "the router is trained. If logits are positive for half of the experts regardless of the weights, for example "
+        "because tokens have mean 0, pass bias=True to the gate. Otherwise, increase mean_choices",
         stacklevel=2,
     )
