@@ -85,7 +85,7 @@ def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
     """Raise an error if there are arguments that would be ignored because the caller also passed `part`."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
+        raise ValueError(f"{written} would be ignored because {part} is also passed; set it on {part} instead")
 
 
 K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # names of `k` in other libraries
@@ -117,7 +117,7 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
     if own != priority and priority != TOP2_SETTINGS["priority"] and drops:
         raise ValueError(
             f"the layer requires priority={priority!r}, but {name} has priority={own!r} and a limited capacity; "
-            f"construct that gate with priority={priority!r}"
+            f"construct {name} with priority={priority!r}"
         )
 
 
@@ -132,7 +132,7 @@ def check_gate(
     if not accepts_keywords(gate, given):
         raise TypeError(
             f"{name} must be a gate such as TopKGating(...) that accepts (x, {', '.join(f'{n}=...' for n in given)}), "
-            f"but {type(gate).__name__} has forward{inspect.signature(gate.forward)}"
+            f"but {type(gate).__name__}.forward has the signature {inspect.signature(gate.forward)}"
         )
     if is_level and not hasattr(gate, "k"):
         raise ValueError(
@@ -183,8 +183,8 @@ def check_packed_call(
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
         raise ValueError(
-            f"{SEGMENT_IDS} turns each document in a packed row into a group, but {reason}. Alternatively, pass each "
-            "document as a separate padded row with mask="
+            f"the layer does not support packed rows ({SEGMENT_IDS}): {reason}. Alternatively, pass each document as a "
+            "separate padded row with mask="
         )
 
 
@@ -199,6 +199,6 @@ def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module
     if getattr(unwrap_module(gates[0]), "capacity_factor", None) is not None and reads_slots(experts):
         return (
             f"{type(experts).__name__} reads slots, which are not supported for documents with a limited capacity; set "
-            "the gate's capacity factors to None, or derive the experts from RoutedExperts"
+            "the gate's capacity factors to None, or make the experts a subclass of RoutedExperts"
         )
     return None

@@ -54,7 +54,7 @@ from mixture_of_experts.support.subclassing import is_package_class
 from mixture_of_experts.support.tracing import has_data, is_host_readable
 
 DIM_OUT_HINT = ". If the experts change the width of tokens, set their dim_out to the width of the outputs"
-MAX_SLOTS_PER_CHOICE = 4  # calls with more slots per choice emit a warning
+MAX_SLOTS_PER_CHOICE = 4  # maximum number of slots per choice without a warning
 
 
 class RoutedExperts(nn.Module):
@@ -218,8 +218,8 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
     if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
             f"the gate is dropless, so experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} "
-            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (2.0 allows each "
-            "expert twice its even share), or derive the experts from RoutedExperts",
+            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (with 2.0, each "
+            "expert accepts up to twice its even share), or make the experts a subclass of RoutedExperts",
             stacklevel=2,
         )
     return permute_to_slots(assignments)
@@ -508,7 +508,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         try:
             out = expert(x)
         except RuntimeError:
-            check_devices(name, x, expert.parameters())  # check only after the call, because its hooks may move weights
+            check_devices(name, x, expert.parameters())  # check after the call, because hooks may move the weights
             raise
         check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta tensors silently
         return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)

@@ -50,8 +50,8 @@ class ExpertsWrapper(RoutedExperts):
         if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in list_nested_experts(experts)):
             raise ValueError(
                 f"{type(self).__name__} cannot wrap {type(experts).__name__}, which also transforms the rows or tokens "
-                f"of its experts. Reverse the order so that {type(self).__name__} directly wraps the experts that "
-                "compute, as in InputWeightedExperts(NormedExperts(experts, norm))"
+                f"of its experts. Reverse the order so that {type(self).__name__} directly wraps the innermost "
+                "experts, as in InputWeightedExperts(NormedExperts(experts, norm))"
             )
         self.experts = experts
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)

@@ -248,7 +248,7 @@ def test_accumulated_counts_warn(monkeypatch):
     with torch.no_grad():  # no training
         gate(make_tokens(0))
     train(4)
-    with pytest.warns(UserWarning, match=r"bias was not updated in 5 training forwards.* balance_experts\("):
+    with pytest.warns(UserWarning, match=r"bias was not updated in 5 training forward passes.* balance_experts\("):
         train(1)
     train(6)  # it warns once
     frozen = TopKGating(DIM, EXPERTS, expert_bias=True).requires_grad_(False)

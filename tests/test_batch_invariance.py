@@ -264,9 +264,9 @@ UNSUPPORTED = {
     "MyExperts overrides 'forward'": lambda: MoE(32, gate=TopKGating(32, 4), experts=MyExperts(32, 4)),
     "dropout=0.5 draws": lambda: MoE(32, gate=TopKGating(32, 4), experts=Experts(32, 4, dropout=0.5)),
     "activation Tanh is none of": lambda: MoE(32, gate=TopKGating(32, 4), experts=Experts(32, 4, activation=nn.Tanh)),
-    "part shared_expert .* Softmax is an unknown module": shared(nn.Softmax(dim=0)),
-    "part shared_expert .* Dropout.*draws random numbers": shared(nn.Sequential(nn.Linear(32, 32), nn.Dropout())),
-    "part experts .* Bilinear is an unknown": lambda: MoE(
+    "layer's shared_expert .* Softmax is an unknown module": shared(nn.Softmax(dim=0)),
+    "layer's shared_expert .* Dropout.*draws random numbers": shared(nn.Sequential(nn.Linear(32, 32), nn.Dropout())),
+    "layer's experts .* Bilinear is an unknown": lambda: MoE(
         32, gate=TopKGating(32, 4), experts=LatentExperts(Experts(32, 4), before=nn.Bilinear(32, 32, 32))
     ),
 }

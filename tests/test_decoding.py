@@ -236,7 +236,7 @@ def decoding_warnings(moe: MoE, calls: int = 1) -> list[str]:
 def test_batch_dependent_decoding_warns_once():
     moe = MoE(8, 4).eval()
     (message,) = decoding_warnings(moe, calls=3)
-    assert "has capacity_factor_eval=2.0 and second_policy_eval='random'" in message
+    assert "With capacity_factor_eval=2.0 and second_policy_eval='random'" in message
     remedy = message.rpartition("set ")[2]
     assert remedy == "gate.capacity_factor_eval = None, gate.second_policy_eval = 'all'"
     moe.gate.capacity_factor_eval, moe.gate.second_policy_eval = None, "all"

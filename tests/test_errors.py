@@ -244,7 +244,7 @@ class OldGate(nn.Module):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gates_that_return_no_routing(kind):
     name = "gate_outer" if kind is HeirarchicalMoE else "gate"
-    with pytest.raises(TypeError, match=rf"{name} must be a gate .* Linear has forward"):
+    with pytest.raises(TypeError, match=rf"{name} must be a gate .* Linear.forward has the signature"):
         make_layer(kind, **{name: nn.Linear(8, 4)})
     if kind is MoE:
         with pytest.raises(TypeError, match=r"gate must return a Routing, got tuple.*TokenChoiceGate"):

@@ -133,7 +133,7 @@ def test_each_level_has_its_own_given_experts():
     assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
     outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
     for shape in ((2, 6, 3, 2), (2, 6, 2)):
-        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of gate_inner\)"):
+        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, gate_inner\.k\)"):
             dispatch_to_inner_gate(
                 torch.randn(2, 6, DIM),
                 outer,

@@ -284,7 +284,7 @@ def test_experts_of_either_contract(experts, factor):
     moe = MoE(DIM, gate=gate, experts=make_experts(experts, NUM_EXPERTS)).double()
     x, ids = make_packed()
     if experts == "custom" and factor is not None:
-        with pytest.raises(ValueError, match=r"segment_ids .* TanhExperts reads slots.*RoutedExperts.*mask="):
+        with pytest.raises(ValueError, match=r"segment_ids.* TanhExperts reads slots.*RoutedExperts.*mask="):
             moe(x, segment_ids=ids)
     else:
         assert_equals_padded_batch(moe, x, ids, None)
@@ -303,7 +303,7 @@ def make_unpackable() -> dict[str, Any]:
 def test_layers_that_cannot_pack_say_so_before_anything_changes(message):
     moe, (x, ids) = make_unpackable()[message].double(), make_packed()
     before = torch.get_rng_state()
-    with pytest.raises(ValueError, match=rf"segment_ids .*{message}.*separate.* row"):
+    with pytest.raises(ValueError, match=rf"segment_ids.*{message}.*separate.* row"):
         moe(x, segment_ids=ids)
     assert torch.get_rng_state().equal(before)
 
@@ -318,9 +318,9 @@ def test_segment_ids_are_checked():
         with pytest.raises(TypeError, match="segment_ids must be an integer tensor, got torch"):
             moe(x, segment_ids=wrong)
     inner = TopKGating(DIM, 4, outer_expert_dims=(2,)).double()
-    with pytest.raises(ValueError, match=r"a single-level gate .*outer_expert_dims=\(2,\)"):
+    with pytest.raises(ValueError, match=r"cannot be combined with outer_expert_dims=\(2,\)"):
         inner(x.expand(2, *x.shape), segment_ids=ids.expand(2, *ids.shape))
-    with pytest.raises(ValueError, match="got length="):
+    with pytest.raises(ValueError, match="cannot be combined with length="):
         moe.gate(x, segment_ids=ids, length=torch.tensor([3, 4]))
 
 

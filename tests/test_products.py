@@ -205,13 +205,13 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "weight", "counts", "message"),
     [
-        ((5, 8), (3, 8, 4), [9, 1, 1], r"at most the 5 rows of x, got \[9, 1, 1\]"),
+        ((5, 8), (3, 8, 4), [9, 1, 1], r"at most 5 \(the rows of x\), got \[9, 1, 1\]"),
         ((5, 8), (3, 8, 4), [7, -1, -1], r"nonnegative .* got \[7, -1, -1\]"),
         ((5, 8), (3, 8, 4), [5, 0], r"int64 tensor of shape \(3,\) with the number .* got torch.int64 of shape \(2,\)"),
         ((5, 8), (3, 8, 4), [1.0, 1.0, 1.0], "must be an int64 tensor"),
-        ((5, 7), (3, 8, 4), [1, 1, 1], r"x must have shape \(r, 8\) and weight \(e, p, q\), got \(5, 7\)"),
-        ((5, 8), (8, 4), [1, 1, 1], r"weight \(e, p, q\), got \(5, 8\) and \(8, 4\)"),
-        ((2, 5, 8), (3, 8, 4), None, r"x must have shape \(e, s, 8\) with e=3"),
+        ((5, 7), (3, 8, 4), [1, 1, 1], r"x and weight must have shapes \(r, 8\) and \(e, p, q\), got \(5, 7\)"),
+        ((5, 8), (8, 4), [1, 1, 1], r" and \(e, p, q\), got \(5, 8\) and \(8, 4\)"),
+        ((2, 5, 8), (3, 8, 4), None, r"x and weight must have shapes \(e, s, 8\) with e=3"),
     ],
 )
 def test_operands_of_a_grouped_product_that_do_not_fit(rows, weight, counts, message):

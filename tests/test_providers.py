@@ -439,7 +439,7 @@ def test_bundled_providers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPat
 def test_a_router_that_returns_something_else(acme: AcmeModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(AcmeRouter, "forward", lambda self, x: (x, x))
     with (
-        pytest.raises(TypeError, match=r"AcmeRouter did not return \(logits, experts, weights\)"),
+        pytest.raises(TypeError, match=r"AcmeRouter must return \(logits, experts, weights\)"),
         track_routing(acme),
     ):
         acme.blocks[0].router(torch.randn(3, D))

@@ -248,9 +248,9 @@ def test_arguments_of_the_layer_pass_through():
     assert moe.loss_coef == pytest.approx(0.02 * 3 / 32)
     assert moe.experts[0] is experts[0]
     assert recipes.longcat_flash(16, 32, experts=[nn.Identity()] * 32).gate.num_experts == 32
-    with pytest.raises(ValueError, match="k=2 would be ignored because you also pass gate; set it on gate"):
+    with pytest.raises(ValueError, match="k=2 would be ignored because gate is also passed; set it on gate"):
         recipes.mixtral(16, 8, gate=gate, k=2)
-    with pytest.raises(ValueError, match="latent_dim=4 would be ignored because you also pass experts"):
+    with pytest.raises(ValueError, match="latent_dim=4 would be ignored because experts is also passed"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)
     for unused in (dict(hidden_dim=12), dict(activation=nn.ReLU())):
         with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* would be ignored"):

@@ -368,7 +368,7 @@ def test_gates_that_cannot_be_given_choices():
             record_routing(levels).__enter__()
     moe, x = MoE(DIM, gate=CustomGate()), torch.randn(1, 4, DIM)
     records = record_forward(moe, x)
-    with pytest.raises(ValueError, match=r"is a CustomGate, which does not accept choices; .* `self.apply_overrides"):
+    with pytest.raises(ValueError, match=r"a CustomGate, which does not accept external .* `self.apply_overrides"):
         replay_routing(moe, records).__enter__()
     shared = nn.Sequential(moe := DeepModel(), moe)
     with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
@@ -424,9 +424,9 @@ NO_RECORDS = [
     *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] to be a list of dense tensors of integers") for dtype in NO_INTEGERS),
 ]
 NO_REQUESTS = [
-    ([], r"expected requests to be arrays \(tokens, layers, k\) with the same number of layers, but got \[\]"),
+    ([], r"expected requests of shape \(tokens, layers, k\) with the same number of layers, but got \[\]"),
     ([REQUEST, [[[0, 1]] * 2]], r"with the same number of layers, but got \[1, 2\]"),
-    ([REQUEST, None], r"expected request 1 to be an array \(tokens, layers, k\), but got a NoneType"),
+    ([REQUEST, None], r"expected request 1 to be an array of shape \(tokens, layers, k\), but got a NoneType"),
     ([REQUEST, {"routed_experts": REQUEST}], "expected request 1 to be an array .* a dict"),
     ([REQUEST, [[[0, 1], [1]]]], "expected request 1 to be an array .* a list"),
     ([[1, 2]], "expected request 0 to be an array .* a list: .* out of range"),
@@ -636,7 +636,7 @@ def test_rejects_missing_records():
     with pytest.raises(IndexError, match="no sequence 1; there are 1"):
         records.select([1])
     for wrong in ([1, 2], [-1]):
-        with pytest.raises(ValueError, match=r"`tokens` to be 1 nonnegative numbers, one per sequence, but got \["):
+        with pytest.raises(ValueError, match=r"`tokens` to be 1 nonnegative integers, one per sequence, but got \["):
             records.select([0], tokens=wrong)
     for wrong in ({"a": [ROW], "b": [ROW, ROW]}, {"a": [ROW, ROW[:, :1]]}):
         with pytest.raises(ValueError, match=r"the same number of sequences, and .* a gate to have the same k"):
@@ -721,7 +721,7 @@ def test_rejects_graphs_compiled_before_context(part):
         expected = model(x)
     (model if part == "model" else model.moe).compile(backend="eager")
     model(x)
-    message = r"according to its hooks, the forward pass ran .*torch\.compiler\.reset\(\)"
+    message = r"the hooks report that the forward pass ran .*torch\.compiler\.reset\(\)"
     with record_routing(model) as found, pytest.raises(RuntimeError, match=message):
         model(x)
     assert found.lengths("moe.gate") == []

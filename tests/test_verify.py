@@ -127,7 +127,7 @@ def test_requested_property_holds_or_raises():
 
 def test_a_property_that_does_not_apply_is_not_shown():
     """A named property that was not measured has not been shown: the error says which, and why."""
-    with pytest.raises(AssertionError, match=r"^'padding' was not shown: it does not apply .* it draws random numbers"):
+    with pytest.raises(AssertionError, match=r"^'padding' was not shown: it does not apply .* the module draws random"):
         assert_holds(MoE(8, 4), "causal", "padding", mask="mask")
     assert_holds(MoE(8, gate=TopKGating(8, 4)), "padding", mask="mask")
 
@@ -169,9 +169,9 @@ class InFloat32(nn.Linear):
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
-        (lambda: MoE(8, 4), "order", "it draws random numbers"),
-        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "it draws random numbers in eval mode"),
-        (lambda: InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
+        (lambda: MoE(8, 4), "order", "the module draws random numbers"),
+        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "the module draws random numbers in eval mode"),
+        (lambda: InFloat32(4, 4), "gradients", "the module does not run in torch.float64"),
     ],
 )
 def test_inapplicable_properties(build, name, reason):

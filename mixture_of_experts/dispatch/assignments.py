@@ -105,7 +105,7 @@ class Assignments:
         """An upper bound on the number of kept assignments. The bound is at most a."""
         if self.slot_of_outer_choice is None or self.routing is None:
             return self.weight.shape[0]
-        # count over all slots (most may be empty) or over all tokens, whichever are fewer
+        # use the smaller count: the choices of all slots (most may be empty), or the choices of all tokens
         return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def locate(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ class Assignments:
         each queue needs `(e b,)`. Queues and positions are arbitrary for assignments that are not kept."""
         if self.routing is None:
             assert self.stored_expert is not None
-            expert, k = self.stored_expert, self.k or 1  # k does not affect the order for priority "token"
+            expert, k = self.stored_expert, self.k or 1  # with priority "token", the order does not depend on k
             queues = queue_up(expert, self.kept, math.prod(self.expert_dims), k, "token")
             return expert, queues.position, queues.length
         length = count_queue_rows(self.routing)

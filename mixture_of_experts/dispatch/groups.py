@@ -18,7 +18,7 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # a ValueError is raised if groups are more than this many times shorter than requested
+MAX_GROUP_SHRINKAGE = 16  # maximum ratio of the requested to the actual group size; larger ratios raise a ValueError
 
 
 def mask_and_group(
@@ -34,14 +34,14 @@ def mask_and_group(
     x = inputs
     if mask is not None:
         check_mask(mask, inputs.shape[:-1])
-        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # multiplying by 0 would keep NaN
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # multiplying by 0 would not remove NaN
     shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would make a dynamic length static
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
         if 0 < MAX_GROUP_SHRINKAGE * shape[1] < group_size and shape[0] > 1:
             raise ValueError(
                 f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, "
-                f"because no closer size divides {shape[0] * shape[1]}; pad the input, or choose a group_size that does"
+                f"because no closer size divides {shape[0] * shape[1]}; pad the input, or set group_size to a divisor"
             )
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
 
@@ -93,7 +93,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}, because no "
-            f"closer size divides {num_positions}. Pad the input, or choose a group_size that does",
+            f"closer size divides {num_positions}. Pad the input, or set group_size to a divisor",
             stacklevel=3,
         )
     return groups, length

@@ -30,7 +30,7 @@ Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 MAX_DENOMINATOR = 1 << 20  # maximum denominator of a capacity factor
 QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
-MAX_KERNEL_EXPERTS = 1024  # the kernels' tables have one row per expert
+MAX_KERNEL_EXPERTS = 1024  # the kernels store one table row per expert
 MAX_TABLE_ENTRIES = 4096  # for smaller tables, the implementation with the fewest operators is fastest
 
 
@@ -61,7 +61,7 @@ def expert_capacity(
     slots, tokens = k * factor[0], num_experts * factor[1]
     if slots >= tokens:  # use at most 1 slot per token, so that products cannot overflow int64
         slots = tokens = 1
-    # with no tokens there must be no slots, because a second level would count them as tokens
+    # without tokens, there must be no slots, because a second level would count slots as tokens
     empty = statically_known_true(num_tokens == 0)
     capacity = 0 if empty else symbolic_max(num_tokens * slots // tokens, minimum)
     if not isinstance(length, Length):
@@ -181,7 +181,7 @@ def find_places_in_runs(queue: Tensor) -> Tensor:
     """Return the position `(..., a)` of each assignment among the assignments with the same value in `queue`."""
     ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
-    starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark because its index is 0
+    starts = ordered != ordered.roll(1, dims=-1)  # the first run starts at index 0, so it needs no mark
     first = torch.where(starts, index, 0)
     if is_exporting_to_onnx():  # ONNX has no cummax, so look up each run's first index by the run's number
         run = starts.cumsum(dim=-1)
@@ -224,7 +224,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the position `(..., a)` of each assignment in its queue, and the lengths `(..., e)` of all queues except
     the last. `queue` contains indices from 0 to e."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
-        # a table (..., a, e + 1) needs fewer operators than a sort, and ONNX supports all of these operators
+        # a table (..., a, e + 1) needs fewer operators than a sort, and ONNX supports all of them
         index = queue.unsqueeze(-1)
         stands = index == torch.arange(num_experts + 1, device=queue.device)
         place = stands.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
@@ -255,7 +255,7 @@ def _by_kernels(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
     """Compute the result of `_by_operators` with three kernel launches."""
-    from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes a second
+    from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes about a second
 
     sent, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (sent, order))
     position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), sent, order, num_experts, k, by_choice)
@@ -288,7 +288,7 @@ def stable_order(values: Tensor, descending: bool = False) -> Tensor:
 def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
     """Sort the last dimension of `values` `(..., n)`, and return the sorted values and their indices. The sort is
     stable, so the order of equal values is preserved."""
-    if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK returns equal values lowest index first
+    if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK sorts equal values by index
         ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
     else:
         ordered, order = values.sort(dim=-1, descending=descending, stable=True)

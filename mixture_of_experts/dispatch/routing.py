@@ -17,7 +17,7 @@ from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments
 from mixture_of_experts.support.private_torch import register_dataclass
 
 
-# compared and hashed by identity, because == of tensors is not a single bool
+# compared and hashed by identity, because == does not return a single bool for tensors
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
     """A gate's routing decision, which specifies the expert, slot and weight of each assignment.
@@ -165,8 +165,8 @@ class Routing:
             return self.queues
         if self.segments is not None and self.capacity is not None:
             raise ValueError(
-                f"packed rows ({SEGMENT_IDS}) with a limited capacity have no slots, so their Routing has no dense "
-                "tensors. Use its `expert`, `kept` and `weight`, or pass each document as a separate row with mask="
+                f"packed rows ({SEGMENT_IDS}) with a limited capacity have no slots, so there are no dense tensors. "
+                "Use `expert`, `kept` and `weight` instead, or pass each document as a separate row with mask="
             )
         assert self.k is not None
         return queue_up(self.expert, self.sent, self.num_experts, self.k, "token")
@@ -225,7 +225,7 @@ def check_routing(name: str, routing: object) -> Routing:
     """Check that a gate returned a `Routing`, and return it."""
     if not isinstance(routing, Routing):
         raise TypeError(
-            f"{name} must return a Routing, got {type(routing).__name__}; derive the gate from TokenChoiceGate, and "
-            "return experts and weights from `decide`"
+            f"{name} must return a Routing, got {type(routing).__name__}; subclass TokenChoiceGate, and return experts "
+            "and weights from `decide`"
         )
     return routing

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SEGMENT_IDS = "segment_ids"  # argument name in layers and gates
-UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of them
+SEGMENT_IDS = "segment_ids"  # name of the argument of layers and gates
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # operators such as sort do not support all of these dtypes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Segments:
         tensor of shape `(b n, e)`."""
         cell = (self.document.unsqueeze(-1) * num_experts + expert).flatten()
         ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
-        # `scatter_add` copies the expanded zero, so that only one table is allocated
+        # `scatter_add` copies the expanded zero, so only one table is allocated
         empty = torch.zeros((), dtype=torch.int64, device=expert.device).expand(self.length.shape[0] * num_experts)
         return empty.scatter_add(0, cell, ones.flatten()).unflatten(0, (-1, num_experts))
 
@@ -68,7 +68,7 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
     """
     b, n = ids.shape
     ordered, order = ids.sort(dim=-1)
-    # uses roll, because slices of length n - 1 would exclude a dynamic length of 1
+    # slices of length n - 1 would exclude a dynamic length of 1, so use roll
     starts = (ordered != ordered.roll(1, dims=-1)) & (torch.arange(n, device=ids.device) > 0)
     rank = torch.empty_like(order).scatter(-1, order, starts.cumsum(dim=-1))
     document = rank + torch.arange(b, device=ids.device).unsqueeze(-1) * n
@@ -80,7 +80,9 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
 def check_segment_ids(ids: Tensor, shape: torch.Size) -> Tensor:
     """Check that `ids` contains one integer per token and has the given shape, and return it in a signed dtype."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{SEGMENT_IDS} must be an integer tensor, got {ids.dtype}; equal ids in a row form a document")
+        raise TypeError(
+            f"{SEGMENT_IDS} must be an integer tensor, got {ids.dtype}; tokens with equal ids in a row form a document"
+        )
     if ids.dtype in UNSIGNED:
         ids = ids.to(torch.int64)
     if ids.shape != shape:

@@ -121,7 +121,7 @@ def over_score(inputs: BalanceInputs) -> Tensor:
     computed from scores that are normalized over all experts.
     """
     e = inputs.probs.shape[-1]
-    k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices even for a single expert, one of weight 0
+    k = min(inputs.expert.shape[-1], e)  # with a single expert, the second choice of `Top2Gating` has weight 0
     chosen = None if inputs.chosen is None else inputs.chosen[..., :k]
     return replace(inputs, load=count_load(top_choices(inputs.probs, k), chosen, e, inputs.segments)).loss()
 

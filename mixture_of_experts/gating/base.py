@@ -238,8 +238,8 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} requires a single-level gate without length=, because each document becomes a group "
-                f"with its own length, but got {what}. Pass each document as a separate row with mask="
+                f"{SEGMENT_IDS} makes each document a group with its own length, so it cannot be combined with {what}. "
+                "Pass each document as a separate row with mask= instead"
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
@@ -396,7 +396,7 @@ class TokenChoiceGate(Gate):
             raise ValueError(
                 f"{GIVEN} must be an int64 tensor of shape {wanted}, got {given.dtype} {tuple(given.shape)}"
             )
-        if (padding := tokens.computed_padding) is not None:  # padding tokens have no given choices
+        if (padding := tokens.computed_padding) is not None:  # ignore choices passed for padding
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
@@ -413,7 +413,7 @@ class TokenChoiceGate(Gate):
         `side_inputs` must list the side inputs that the gate reads. Call `apply_overrides` to support externally
         specified choices.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens) and return Choices")
+        raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens), which returns Choices")
 
     def forward(
         self,
@@ -541,7 +541,7 @@ class TokenChoiceGate(Gate):
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
-        )  # this avoids creating a tensor of loads
+        )  # this avoids creating a load tensor
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -567,7 +567,7 @@ class TokenChoiceGate(Gate):
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
                     f"{type(self).__name__} overrides `balance`, which does not support packed documents. Override "
-                    "`balance_loss` instead, or pass each document as a row with mask= instead of segment_ids="
+                    "`balance_loss` instead, or pass each document as a separate row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
@@ -617,7 +617,7 @@ class TokenChoiceGate(Gate):
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
-        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # final weights are 0 if not kept
+        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # final weights are 0 unless kept
         queues = None
         capacity, limit = self.capacity(tokens)
         if capacity is None:  # choices with weight 0 are not sent
@@ -680,7 +680,7 @@ class TokenChoiceGate(Gate):
         if not choices.is_masked:
             sent = both(sent, self.allowed(tokens))
         weight, padding_weight, padding = choices.weight, None, tokens.computed_padding
-        if (given := tokens.side.get(GIVEN)) is not None:  # padding tokens have no given choices
+        if (given := tokens.side.get(GIVEN)) is not None:  # ignore choices passed for padding
             computed = is_computed(given)
             sent = both(sent, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:

@@ -92,7 +92,7 @@ class SignRule(BiasRule):
                     f"`shares` must have one entry for each of the {whole} experts, got {len(self.shares)} entries"
                 )
             parts, whole = torch.tensor(self.shares, device=counts.device), sum(self.shares)
-        # the sign is 1 below the share, -1 above it and 0 at it; integers make the comparison exact
+        # the sign is 1 for loads below the share, -1 above and 0 if equal; integers make the comparison exact
         step = rate * torch.sign(counts.sum(dim=-1, keepdim=True) * parts - counts * whole)
         if not (self.centred and rate):
             return step

@@ -29,8 +29,8 @@ class Choices(NamedTuple):
     #: 0-dim losses, keyed by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
     losses: dict[str, Tensor]
     chosen: Tensor | None = None  #: (..., b, n, k) bool, True for choices that share the token's weight; None if all do
-    priority_score: Tensor | None = None  #: (..., b, n), the order for priority "score"; default: top probability
-    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; default: choice 0
+    priority_score: Tensor | None = None  #: (..., b, n), the sort key for priority "score"; default: top probability
+    primary: Tensor | None = None  #: (..., b, n, k) bool, True for first choices at level two; default: choice 0
     sent: Tensor | None = None  #: (..., b, n, k) bool, True if the chosen expert receives the token; None if all do
     is_masked: bool = False  #: whether `sent` already excludes the choices that the mask and importance do not allow
     state: Tensor | None = None  #: (..., b, n, anything), the state passed to the next layer's router
@@ -62,7 +62,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return its mean"
+                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return the mean"
             )
 
 
@@ -115,7 +115,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """
     if k > score.shape[-1]:
         raise ValueError(
-            f"k must be at most the number of experts ({score.shape[-1]}), but got {k}; a token chooses each only once"
+            f"k must be at most the number of experts ({score.shape[-1]}), got {k}; a token chooses each expert once"
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):

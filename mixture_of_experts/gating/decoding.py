@@ -22,7 +22,7 @@ def warn_of_decoding(gate: Any) -> None:
         has = " and ".join(f"{name}={value!r}" for name, (value, _) in found.items())
         remedy = ", ".join(f"gate.{name} = {value!r}" for name, (_, value) in found.items())
         warnings.warn(
-            f"{type(gate).__name__} received one token per sequence in eval mode, as during decoding. Because it has "
-            f"{has}, its choices differ from those for the whole sequence. For generation, set {remedy}",
+            f"{type(gate).__name__} received one token per sequence in eval mode, as during decoding. With {has}, its "
+            f"choices differ from those for the whole sequence. For generation, set {remedy}",
             stacklevel=2,
         )

@@ -19,7 +19,7 @@ from mixture_of_experts.support.private_torch import (
     is_in_transform,
 )
 
-#: gate buffers in which each rank counts its own tokens, and the coefficient that is derived from these counts
+#: gate buffers in which each rank counts its own tokens, and the coefficient derived from these counts
 RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
@@ -83,7 +83,7 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
             added.
         total: a buffer with the same shape as `counts`.
     """
-    if is_in_ddp():  # a graph is retraced inside another DDP wrapper
+    if is_in_ddp():  # graphs are retraced inside a different DDP wrapper
         # called even without gradients, because reentrant checkpointing enables them only in the backward pass
         keep_rank_counts(torch.compiler.is_compiling())
     if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward pass
@@ -113,7 +113,7 @@ class StepsWithoutUpdate:
     """
 
     MAX_STEPS = 50  #: number of optimizer steps before the warning
-    SO_MANY = 1000  #: training forward passes before the warning; a step has fewer, even with recomputed micro-batches
+    SO_MANY = 1000  #: training forward passes before the warning; a step runs fewer, even with recomputed micro-batches
     steps: int = 0  #: number of optimizer steps since the last update
     forwards: int = 0  #: number of training forward passes since the last update
     version: int | None = None  #: version of the weight in the last training forward pass
@@ -133,7 +133,7 @@ class StepsWithoutUpdate:
         self.version = weight._version
         many_steps = self.steps >= self.MAX_STEPS
         if not self.warned and (many_steps or self.forwards >= self.SO_MANY):
-            count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forwards"
+            count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forward passes"
             self.warned = True
             warnings.warn(
                 f"expert_bias=True is set, but the bias was not updated in {count}. Use balance_experts(model, "

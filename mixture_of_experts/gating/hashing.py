@@ -82,7 +82,7 @@ class HashGating(TopKGating):
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
                 f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Construct the gate with num_ids "
-                "set to the vocabulary size, and mask padding tokens with other ids"
+                "set to the vocabulary size, and mask padding tokens whose ids are out of this range"
             )
 
     @property
@@ -94,5 +94,5 @@ def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
     """Assign k different random experts to each token id, and return an int64 tensor of shape `(v, k)`. The numbers of
     ids assigned to any two experts differ by at most one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order take the next k experts in turn
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # in random order, each id takes the next k experts
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

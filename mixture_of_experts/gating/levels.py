@@ -72,7 +72,7 @@ def dispatch_to_inner_gate(
         real = outer.expert.new_full((b,), n) if outer.mask is None else outer.mask.sum(dim=-1)
         more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        if outer.limit is not None:  # use only the slots within the capacity for a group's own length
+        if outer.limit is not None:  # mask slots beyond the capacity for the group's own length
             mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))
@@ -145,5 +145,5 @@ def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permut
             found[GIVEN] = append(value.flatten(0, 2), -1)[outer_permutation.assignment]
         else:
             got = tuple(value.shape[1:])
-            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of gate_inner), got {got}")
+            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, gate_inner.k), got {got}")
     return found

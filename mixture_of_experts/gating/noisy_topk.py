@@ -64,8 +64,8 @@ class NoisyTopKGating(TokenChoiceGate):
         k = super().check_k(k)
         if k >= self.num_experts:
             raise ValueError(
-                f"k must be less than num_experts={self.num_experts}, but got {k}; the load of an expert is measured "
-                "against the next best score. Use TopKGating to choose all experts"
+                f"k must be less than num_experts={self.num_experts}, but got {k}, because the load loss reads the (k "
+                "+ 1)-th largest score. Use TopKGating to choose all experts"
             )
         return k
 
@@ -87,7 +87,7 @@ class NoisyTopKGating(TokenChoiceGate):
         expert, chosen = self.apply_overrides(tokens, best[..., : self.k])
         allowed = both(chosen, self.allowed(tokens))
         top = noisy.gather(-1, expert)
-        # for priority "score": the weight of the first choice, or its probability for k = 1, where the weight is 1
+        # for priority "score": the weight of the first choice; if k = 1, its probability, because the weight is 1
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)

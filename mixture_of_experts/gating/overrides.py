@@ -28,7 +28,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 # Side inputs that override decisions of a gate or describe its tokens
 GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # experts chosen for tokens, and their weights
-COUNTED = "counted"  # the tokens that count if padding is also computed
+COUNTED = "counted"  # mask of real tokens if padding is also computed
 STATE = "router_state"  # state of the router in the previous layer
 KEEP_ROUTER_CHOICE = -(1 << 15)  # the minimum int16 value
 
@@ -81,7 +81,7 @@ def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = Non
     if wrong.numel():
         raise ValueError(
             f"given_experts contains {int(wrong[0])}, which is invalid. Use an expert id from 0 to {num_experts - 1}, "
-            "-1 for no choice, or -2 - i to give expert i its share of the weight without running it on the token"
+            "-1 for no choice, or -2 - i to count expert i in the weights without running it on the token"
         )
     if (twice := expert_twice(given)) is not None:
         raise ValueError(

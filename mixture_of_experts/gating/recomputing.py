@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts.support.private_torch import is_exporting, is_in_forward_mode, is_in_transform
 
 Results = TypeVar("Results")
-MAX_SAVED_SHARE = 1 / 4  # save float32 results that take at most this fraction of the tokens' bytes
-MIN_ROUTER_WEIGHTS = 1 << 16  # always save the results of smaller routers, whose time is dominated by launches
+MAX_SAVED_SHARE = 1 / 4  # maximum size of saved float32 results, as a fraction of the tokens' bytes
+MIN_ROUTER_WEIGHTS = 1 << 16  # smaller routers always save results, because kernel launches dominate their time
 
 
 def recomputed_on_gpu(

@@ -26,7 +26,7 @@ from mixture_of_experts.support.checks import check_number, check_process_group
 
 INITIAL_L1_COEF = 1e-8
 #: bounds of the coefficient. At a rate of 1.2, INITIAL_L1_COEF is 50 steps above the minimum. At the maximum, the L1
-#: loss outweighs the mean loss of a task
+#: loss exceeds the mean loss of a task
 MIN_L1_COEF, MAX_L1_COEF = 1e-12, 1e3
 
 

@@ -226,7 +226,7 @@ class Top2Gating(TokenChoiceGate):
         """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:
-            if self.second[0] == "random":  # a second draw would advance the generator further than without a replay
+            if self.second[0] == "random":  # drawing again would advance the random number generator too far
                 of_policy = torch.arange(2, device=given.device) == 0
             else:
                 of_policy = self._sent(choices.weight)

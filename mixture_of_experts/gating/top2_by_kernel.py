@@ -118,7 +118,7 @@ class _TwoBest(torch.autograd.Function):
         threshold: float,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        from mixture_of_experts.kernels.top_2 import choose_top_2  # importing triton takes a second
+        from mixture_of_experts.kernels.top_2 import choose_top_2  # importing triton takes about a second
 
         *found, sums, totals = choose_top_2(logits, full, active, uniform, policy, threshold, eps)
         expert, _, sent, primary, probs, log_total = found

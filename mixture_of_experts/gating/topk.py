@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NO_BIAS = "this gate has no expert bias; construct it with TopKGating(..., expert_bias=True)"
-NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all of them are 0
+NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all weights are 0
 Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
@@ -385,7 +385,7 @@ class TopKGating(TokenChoiceGate):
         assert bias is not None
         assert counts is not None
         first = weight.detach()[..., :1]
-        known = (first == first).expand_as(weight)  # exclude NaN, which ranks first, and which a gradient scaler skips
+        known = (first == first).expand_as(weight)  # exclude NaN, which sorts first; gradient scalers skip such steps
         if (padding := tokens.computed_padding) is not None:
             known = known & ~padding
         chosen = (known if allowed is None else allowed & known).flatten(-3, -2)
@@ -481,7 +481,7 @@ def check_expert_groups(
         )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} must be at most num_groups={num_groups}, and that many groups must contain at "
-            f"least k={k} of the {num_experts} experts; pass other numbers, or set both to None to disable groups"
+            f"top_groups={top_groups} must be at most num_groups={num_groups}, and the chosen groups must contain at "
+            f"least k={k} of the {num_experts} experts; change these settings, or set num_groups and top_groups to None"
         )
     return num_groups, top_groups

@@ -86,7 +86,7 @@ def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLAC
 
 def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
     """Compute the gate's choices with the kernel."""
-    from mixture_of_experts.kernels.top_k import choose_top_k  # importing triton takes a second
+    from mixture_of_experts.kernels.top_k import choose_top_k  # importing triton takes about a second
 
     logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
     b, n, e = logits.shape

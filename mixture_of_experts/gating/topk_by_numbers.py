@@ -24,7 +24,7 @@ from mixture_of_experts.support.implementations import requested_implementation
 from mixture_of_experts.support.tracing import is_host_readable
 
 TopKGating = Any  # avoids a circular import
-MAX_EXPERTS = 64  # operators are faster for more experts
+MAX_EXPERTS = 64  # with more experts, operators are faster
 #: methods used by the operators and replaced by this implementation
 REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restrict_choices", "capacity", "named_losses")
 MIN_NONZERO = 1e-37  # smaller weights may round to 0 in float32

@@ -63,7 +63,7 @@ class ReplayRouting:
         if before and last is ReplayRouting:
             raise TypeError(
                 f"{cls.__name__} lists ReplayRouting after {before[0].__name__}, whose methods would bypass it; define "
-                f"it as class {cls.__name__}(ReplayRouting, {before[0].__name__})"
+                f"class {cls.__name__}(ReplayRouting, {before[0].__name__})"
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,8 +77,8 @@ class ReplayRouting:
         if other := [name for name in replaced_by if getattr(self, name, None)]:
             raise ValueError(
                 f"ReplayRouting records the trainer's own generation, but {other[0]} replaces it, and TRL does not "
-                f"pass on the engine's choices; remove {other[0]} and pass a rollout_func that queries your engine and "
-                "returns its choices as 'routed_experts' along with the ids"
+                f"pass on the engine's choices. Remove {other[0]}, and pass a rollout_func that queries your engine "
+                "and returns its choices as 'routed_experts' in addition to the token ids"
             )
         self._recorded_sequences: list[SequenceReference] = []  # sequences whose log-probabilities are computed next
         self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended
@@ -116,8 +116,8 @@ class ReplayRouting:
         given = output.pop("routed_experts", None)
         if given is None:
             raise ValueError(
-                'rollout_func did not return "routed_experts"; configure the engine to return them, and pass them on '
-                "as RoutingRecords or as a list of objects that RoutingRecords.from_requests accepts"
+                'rollout_func did not return "routed_experts"; make the engine return expert choices, and return them '
+                "as RoutingRecords or as a list that RoutingRecords.from_requests accepts"
             )
         records = given if isinstance(given, RoutingRecords) else RoutingRecords.from_requests(given)
         numbers = [len(a) + len(b) for a, b in zip(output["prompt_ids"], output["completion_ids"], strict=True)]
@@ -193,7 +193,7 @@ class ReplayRouting:
             )
         if self._replay_is_active:
             raise ValueError(
-                "log-probabilities are computed with gradients again before the first backward pass, but ReplayRouting "
+                "a second forward pass with gradients started before the first backward pass, but ReplayRouting "
                 "replays one forward pass at a time; compute both losses from a single forward pass in training_step"
             )
         self._replay_is_active = True

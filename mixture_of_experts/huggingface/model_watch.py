@@ -275,8 +275,8 @@ class ModelWatch(ForwardWatch):
         ):
             self.warned = True
             warnings.warn(
-                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so the experts "
-                f"will not stay balanced. Either the loss returned by {type(model).__name__} does not include it, or "
+                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so nothing "
+                f"balances the experts. Either the loss returned by {type(model).__name__} does not include it, or "
                 "another loss was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
                 stacklevel=2,
             )

@@ -339,5 +339,5 @@ def _check_moe_ffn_arguments(
     for name, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must have shape {shape} if x is {(t, d)} and w2 is {(e, h, o)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to match x {(t, d)} and w2 {(e, h, o)}, got {tuple(tensor.shape)}"
             )

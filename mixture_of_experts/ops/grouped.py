@@ -158,7 +158,7 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     rows = f"(e, s, {p}) with e={e}" if counts is None else f"(r, {p})"
     if not e or x.ndim != (3 if counts is None else 2) or x.shape[-1] != p or (counts is None and x.shape[0] != e):
         raise ValueError(
-            f"x must have shape {rows} and weight (e, p, q), got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"x and weight must have shapes {rows} and (e, p, q), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if counts is not None and (counts.shape != (e,) or counts.dtype != torch.int64):
         raise ValueError(
@@ -173,7 +173,7 @@ def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
-            f"num_tokens_per_expert must be nonnegative and add up to at most the {num_rows} rows of x, got {counts}"
+            f"num_tokens_per_expert must be nonnegative and sum to at most {num_rows} (the rows of x), got {counts}"
         )
     return counts
 

@@ -67,7 +67,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
             by = f"{name} (by {key!r})"
             if (first := sharded_by.setdefault(layer.experts, by)) is not by:
                 raise ValueError(
-                    f"{by} has the same experts as {first}; each layer must have its own experts and match only one key"
+                    f"{by} has the same experts as {first}; layers must not share experts or match several keys"
                 )
             description |= {f"{name}.{what}".lstrip("."): value for what, value in of_layer.items()}
     return description

@@ -33,7 +33,7 @@ MODELS: dict[str, Recipe] = {
         ),
         gate_class=Top2Gating,
         experts=UNGATED_RELU,
-        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper has none
+        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper specifies none
         published=PublishedModel("GShard, 36 layers", 2048, None, 600),
     ),
     "switch": Recipe(
@@ -173,7 +173,7 @@ MODELS: dict[str, Recipe] = {
         ),
         published=PublishedModel("Kimi-K2", 384, 32, 1040),
     ),
-    # config.json as in torchtitan's flavor 2p8t, and SiTU as in vLLM; balanced by quantile, with no published loss
+    # settings from torchtitan's flavor 2p8t, and SiTU from vLLM; balanced by quantile; no loss was published
     "kimi_k3": Recipe(
         summary=(
             "Kimi K3: 16 choices, sigmoid, an expert bias, experts of half the width followed by a norm, SiTU, and "

@@ -77,7 +77,7 @@ class ChoiceHooks:
             return None
         if GIVEN in kwargs:
             raise ValueError(
-                f"{GIVEN} was passed to {point.name!r} during a replay; either replay choices or pass them, not both"
+                f"{GIVEN} was passed to {point.name!r} during a replay; choices can be replayed or passed, but not both"
             )
         given = [
             values.view(*x.shape[:-1], point.k) for values in self.supply_choices(point, call, sizes, mask, x.device)
@@ -113,7 +113,7 @@ class ChoiceHooks:
         if calls.expert is None:
             external: Any = point.router.external
             raise TypeError(
-                f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
+                f"{type(point.hook_target).__name__} at {point.name!r} does not choose {point.k} of "
                 f"{point.num_experts} experts with torch.topk, so its choices cannot be recorded or replayed; "
                 f"{external.remedy}"
             )

@@ -167,7 +167,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers) or any(cut is not None and cut < 0 for cut in cuts):
             raise ValueError(
-                f"expected `tokens` to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
+                f"expected `tokens` to be {len(numbers)} nonnegative integers, one per sequence, but got {tokens}"
             )
         if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"there is no sequence {wrong[0]}; there are {self.num_sequences} sequences")
@@ -315,7 +315,7 @@ def append_forwards(
         have = [len(record) for record in records[max(first, 0) :]]
         if first < 0 or any(map(int.__lt__, have, read)):
             raise RuntimeError(
-                f"{name!r}: a forward pass continues its sequences after {read} tokens, but {have} tokens were recorded"
+                f"{name!r}: a forward pass continues sequences of {read} tokens, but {have} tokens were recorded"
             )
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
             records[place] = torch.cat([records[place][:number], row])  # the cache may have been cropped
@@ -347,7 +347,7 @@ def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
         raise ValueError(
-            f"expected requests to be arrays (tokens, layers, k) with the same number of layers, but got {numbers}"
+            f"expected requests of shape (tokens, layers, k) with the same number of layers, but got {numbers} layers"
         )
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 
@@ -360,7 +360,7 @@ def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
         got = f"a {type(request).__name__}: {error}"
         remedy = "; decode it, as docs/replay.md does with SGLang's" if isinstance(request, str) else ""
         raise ValueError(
-            f"expected request {number} to be an array (tokens, layers, k), but got {got}{remedy}"
+            f"expected request {number} to be an array of shape (tokens, layers, k), but got {got}{remedy}"
         ) from error
 
 

@@ -237,8 +237,8 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
-            f"{prefix} is a {point.router.class_name}, which does not accept choices; choose experts with "
-            f"`self.apply_overrides(tokens, expert)` in its `decide` method, and add {GIVEN!r} to its `side_inputs`"
+            f"{prefix} is a {point.router.class_name}, which does not accept external choices; in its `decide` method, "
+            f"choose experts with `self.apply_overrides(tokens, expert)`, and add {GIVEN!r} to its `side_inputs`"
         )
     k = {record.shape[1] for record in records[layer]} - {point.k}
     if k:
@@ -251,7 +251,7 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
     except ValueError as error:
         raise ValueError(f"invalid records for {prefix}: {error}") from error
     if point.router.is_external and bool(((experts < 0) & (experts != KEEP_ROUTER_CHOICE)).any()):
-        raise ValueError(f"{prefix} makes {point.k} choices for every token, but some are missing from the records")
+        raise ValueError(f"{prefix} makes {point.k} choices for every token, but the records lack some of them")
     if records.weights is None:
         return [experts]
     weights = pad_records(records.weights[layer], point.k, torch.nan)

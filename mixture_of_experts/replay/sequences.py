@@ -191,7 +191,7 @@ class SequenceWatch(ForwardWatch):
         if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
-                f"according to its hooks, the forward pass ran {what}. If part of the model was compiled and called "
+                f"the hooks report that the forward pass ran {what}. If part of the model was compiled and called "
                 "before, its graph has no hooks; call torch.compiler.reset() first, or enter the context before the "
                 "first compiled call"
             )
@@ -212,8 +212,8 @@ class SequenceWatch(ForwardWatch):
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
                 "the sequences in the cache were reordered between two forward passes, as in beam search (num_beams > "
-                "1), so their choices cannot be recorded or replayed; generate without beam search, or run the "
-                "finished sequences once more"
+                "1), so their choices cannot be recorded or replayed; generate without beam search, or run another "
+                "forward pass over the finished sequences"
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:

@@ -108,7 +108,7 @@ def raise_not_invariant(name: str, reason: str) -> None:
     """Raise a ValueError for a part of a layer that is not known to be batch-invariant. `reason` must include a
     remedy."""
     raise ValueError(
-        f"{BATCH_INVARIANT!r} is requested, but the layer part {name} is not known to be batch-invariant: {reason}. "
+        f"{BATCH_INVARIANT!r} is requested, but batch invariance of the layer's {name} is not guaranteed: {reason}. "
         "Alternatively, request 'auto'"
     )
 

@@ -127,8 +127,8 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
         reasons[name] = reason
     if requested == "auto":
         raise ValueError(
-            f"no implementation of the {part} supports this call ({reasons}); add an implementation that supports all "
-            "calls to the end of the table, as in TokenChoiceGate.implementations"
+            f"no implementation of the {part} supports this call ({reasons}); end the table with an implementation "
+            "that supports all calls, as in TokenChoiceGate.implementations"
         )
     reason = reasons.get(requested, "it is not available for this kind of network")
     raise ValueError(f"{requested!r} is requested, but it does not support this call: {reason}; request 'auto' instead")

@@ -29,7 +29,7 @@ MAX_CHANGED_SHARE = 1e-4
 @layer_property("gradients match finite differences in float64", limit=GRADIENT_TOLERANCE)
 def gradients(trial: Trial) -> Deviations:
     if trial.limit > GRADIENT_TOLERANCE:
-        raise NotApplicableError("its precision is too low for finite differences")
+        raise NotApplicableError("the module's precision is too low for finite differences")
     module, x = convert_module(trial, torch.float64), trial.make_tokens(dtype=torch.float64)
     randomize_zero_parameters(module, trial.case.seed)
     found, weights = trial.step(x, module=copy.deepcopy(module)), make_output_weights(x)
@@ -126,7 +126,7 @@ def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
     try:
         trial.forward(trial.make_tokens(dtype=dtype), module=copy.deepcopy(module))
     except Exception as error:
-        raise NotApplicableError(f"it does not run in {dtype}: {str(error).splitlines()[0]}") from None
+        raise NotApplicableError(f"the module does not run in {dtype}: {str(error).splitlines()[0]}") from None
     return module
 
 

@@ -60,7 +60,7 @@ class Property:
             if training in trial.deterministic_modes or not self.is_deterministic_only
         ]
         if not modes:
-            return finding("does not apply", detail="it draws random numbers")
+            return finding("does not apply", detail="the module draws random numbers")
         worst = 0.0
         try:
             for case, training in product(self.cases, modes):

@@ -173,7 +173,7 @@ def inference_mode(trial: Trial) -> Deviations:
 )
 def output_eval(trial: Trial) -> Deviations:
     if False not in trial.deterministic_modes:
-        raise NotApplicableError("it draws random numbers in eval mode")
+        raise NotApplicableError("the module draws random numbers in eval mode")
     one = trial.make_tokens()[:1, :1]
     yield compare_outcomes(replace(trial, training=False).forward(one), trial.forward(one), names="output")
 

@@ -33,8 +33,8 @@ def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tenso
             expert = top_choices(logits, external.k)
             return logits, SCORES[external.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{router.class_name} did not return ({', '.join(filter(None, returns))}) for flattened tokens, so its choices "
-        "cannot be read"
+        f"{router.class_name} must return ({', '.join(filter(None, returns))}) for flattened tokens so that its "
+        "choices can be read"
     )
 
 

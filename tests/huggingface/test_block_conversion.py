@@ -192,7 +192,7 @@ def test_rejects_non_layers_and_meta_weights():
     before = {name: value.clone() for name, value in block.state_dict().items()}
     moe = from_transformers(block)
     for other in (nn.Linear(2, 2), model, from_transformers(model).model.layers[0].mlp):
-        with pytest.raises(TypeError, match=r"expected `moe` to be an MoE .*; pass its `moe`"):
+        with pytest.raises(TypeError, match=r"expected `moe` to be an MoE, .*; pass its `moe` attribute"):
             to_transformers(other, block)
     for wrong in (lambda: to_transformers(None), lambda: to_transformers(moe, 3), lambda: from_transformers(None)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"(moe|block) must be a model \(an nn.Module\), got"):

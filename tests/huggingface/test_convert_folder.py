@@ -264,7 +264,7 @@ def test_errors_of_merge(tmp_path, capsys):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     for source, adapter, says in (
         ("in", "8", "8 has no adapter_model.safetensors; pass the folder where PEFT saved the adapters"),
-        ("8", "adapter", "has quantized experts, which adapters cannot be merged into"),
+        ("8", "adapter", "has quantized experts, so adapters cannot be merged into it"),
     ):
         words = ["merge", str(tmp_path / source), str(tmp_path / "out"), "--adapter", str(tmp_path / adapter)]
         assert main(words) == 1

@@ -230,9 +230,7 @@ def test_hub_names_are_not_resolved(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
     assert main([command, "gpt2", "out"]) == 1
-    assert (
-        "gpt2 is not a folder, and nothing is downloaded automatically; download the model" in capsys.readouterr().err
-    )
+    assert "gpt2 is not a folder, and models are not downloaded automatically; download" in capsys.readouterr().err
     (tmp_path / "gpt2").mkdir()
     assert main([command, "gpt2", "out"]) == 1
     assert os.listdir(tmp_path) == ["gpt2"]

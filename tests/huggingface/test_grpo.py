@@ -201,7 +201,7 @@ def test_one_forward_until_its_backward():
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     for _ in range(2):  # micro-batches, each with its backward
         trainer.training_step(lambda: trainer._compute_loss(model, inputs))
-        with pytest.raises(ValueError, match="again before the first backward pass"):
+        with pytest.raises(ValueError, match="started before the first backward pass"):
             trainer.training_step(lambda: trainer._compute_loss(model, inputs) + trainer._compute_loss(model, inputs))
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
@@ -215,7 +215,7 @@ def test_rejects_rollouts_without_choices():
     ids: Any = dict(prompt_ids=[[5, 6], [7]], completion_ids=[[8, 9], [10, 11]], logprobs=None)
     choices = [torch.arange(2).expand(length, 4, 2) for length in (3, 2)]
     for given, message in {
-        None: 'did not return "routed_experts"; configure the engine',
+        None: 'did not return "routed_experts"; make the engine',
         (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, but their routed_experts have \[3, 1\]",
         (choices[0],): r"have \[4, 3\] tokens, but their routed_experts have \[3\]",
         tuple(choices): r"replay_weights is True, but routed_experts contains choices without weights; .*weights=",
@@ -230,7 +230,7 @@ def test_rejects_rollouts_without_choices():
 
 def test_rejects_mixin_after_trainer():
     """There none of its methods would run, and the trainer would train with other experts."""
-    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer, .*; define it as class Own\(R"):
+    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer, .*; define class Own\(R"):
         type("Own", (LogitsTrainer, ReplayRouting), {})
     with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer"):
         type("Own", (LogitsTrainer, type("Mine", (ReplayRouting,), {})), {})

@@ -233,7 +233,7 @@ LOST_NETWORKS = {
     "function in the code of": (
         lambda m, x: m.c(F.gelu(m.a(x))),
         dict(a=make_up(), c=make_down()),
-        "embedded in the code of Inline",
+        "Inline.* implements the computation between the linear",
     ),
     "units together": (make_pair, dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))), "no known activation"),
     "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no known activation"),
@@ -262,7 +262,7 @@ LOST_NETWORKS = {
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
         dict(PAIR, a=make_up(2 * H), act=nn.SiLU()),
-        "code of Inline",
+        "Inline.* implements the computation between",
     ),
 }
 
@@ -319,7 +319,7 @@ def test_rejects_wrong_adapter(name):
         pytest.skip("the layer does more than the network")
     model = ARCHITECTURES[name].build()
     wrong = Adapter(adapter.up, adapter.down, adapter.gate, nn.Tanh(), halves=adapter.halves)
-    with pytest.raises(ValueError, match=r"does not return what Adapter.* its adapter is wrong"):
+    with pytest.raises(ValueError, match=r"does not match Adapter.* the adapter is wrong"):
         replace_ffn(model, adapters={kind: wrong})
     assert not find_feed_forwards(model)
 

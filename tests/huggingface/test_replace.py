@@ -107,7 +107,7 @@ ONE_GATE = TopKGating(DIM, 4, 2)
         (dict(layers=1.0), "expected `layers` to contain .* but got 1.0; omit"),
         (dict(layers=nn.GELU), r"expected `layers` to contain .* but got <class .*GELU'>; omit"),
         (dict(layers=torch.tensor(0)), r"expected `layers` to contain .* but got tensor\(0\); omit"),
-        (dict(adapters={"LlamaMLP": nn.Linear}), "adapters to be a dict {class name: Adapter.* got {'LlamaMLP'"),
+        (dict(adapters={"LlamaMLP": nn.Linear}), "dict that maps class names to Adapter.* got {'LlamaMLP'"),
         (dict(adapters=[1]), r"expected adapters to be a dict .* got \[1\]"),
     ],
 )
@@ -305,7 +305,7 @@ class Packed(nn.Module):
 
 def test_rejects_unreadable_networks():
     for name, kind, error, says in (
-        ("llama", Rounded, ValueError, "model.layers.1.mlp does not return what Adapter.* depends only on tokens"),
+        ("llama", Rounded, ValueError, "model.layers.1.mlp does not match Adapter.* depends only on tokens"),
         ("llama", Packed, TypeError, "expected up_proj of LlamaMLP to be an nn.Linear, but it is a Packed"),
         ("opt", Rounded, TypeError, "expected fc1 of OPTDecoderLayer to be an nn.Linear, but it is a Rounded"),
     ):

@@ -213,7 +213,7 @@ def test_dense_checkpoint_into_replaced_model(tmp_path):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         from_pretrained(tmp_path, config=dense.config)
     with pytest.raises(
-        ValueError, match=r"does not contain model.layers.0.mlp.moe.gate.w_gating, .* and more; to load a dense model"
+        ValueError, match=r"does not contain model.layers.0.mlp.moe.gate.w_gating, .* and more; load a dense model"
     ):
         from_pretrained(tmp_path, config=dense.config, ignore_mismatched_sizes=True)
 

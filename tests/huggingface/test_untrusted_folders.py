@@ -251,12 +251,12 @@ def test_weights_that_the_index_lacks(tmp_path, capsys):
     folder = tmp_path / "in"
     file = max(sharded(folder).values())
     rewrite_shard(folder / file, lambda held: held.update({"model.layers.0.extra": torch.zeros(2)}))
-    problem = rf"{file} contains model.layers.0.extra, which its index lacks"
+    problem = rf"{file} contains model.layers.0.extra, which is not in its index"
     for load in LOADERS:
         with pytest.raises(ValueError, match=problem):
             load(folder)
     assert main(["quantize", str(folder), str(tmp_path / "out")]) == 1
-    assert f"{file} contains model.layers.0.extra, which its index lacks" in capsys.readouterr().err
+    assert f"{file} contains model.layers.0.extra, which is not in its index" in capsys.readouterr().err
 
 
 def test_weights_that_a_shard_lacks(tmp_path, capsys):

@@ -125,7 +125,8 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     if block is not None:
         if not isinstance(moe, MoE):
             raise TypeError(
-                f"expected `moe` to be an MoE layer, but got a {type(moe).__name__}; pass its `moe`, or omit `block`"
+                f"expected `moe` to be an MoE, but got a {type(moe).__name__}; pass its `moe` attribute, or omit "
+                "`block`"
             )
         check_not_on_meta(moe, "moe")
         check_not_on_meta(check_model("block", block), "block")
@@ -167,7 +168,7 @@ def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
         f"{type(model).__name__} cannot be converted as a whole, because {kind} at {name} {why}; convert the supported "
-        "blocks (see huggingface.blocks.block_classes) one by one"
+        "blocks (see huggingface.blocks.block_classes) individually"
     )
 
 

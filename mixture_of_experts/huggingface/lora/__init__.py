@@ -71,16 +71,16 @@ def fast_lora(model: ModelT) -> ModelT:
     if missing := find_missed_targets(model):
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(missing)} in target_parameters, because PEFT "
-            "skipped them; if the experts are quantized, let PEFT prepare the model within weights_shown(model); "
-            "otherwise, check the names"
+            "skipped them. If the experts are quantized, let PEFT prepare the model within weights_shown(model). "
+            "Otherwise, check the names"
         )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
             f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that do not override "
-            "forward; first let PEFT prepare the model with target_parameters in LoraConfig, such as ['experts.w1', "
+            "forward. First let PEFT prepare the model with target_parameters in LoraConfig, such as ['experts.w1', "
             "'experts.w3', 'experts.w2']. If the model uses its own experts from transformers, convert it with "
-            "from_transformers() before that"
+            "from_transformers() before preparing it"
         )
     for module in found:
         module.__class__ = ParamWrapper

@@ -47,7 +47,7 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
     model = read_experts_model(source, "merge adapters into")
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         raise ValueError(
-            f"{source} has quantized experts, which adapters cannot be merged into; pass the folder of the unquantized "
+            f"{source} has quantized experts, so adapters cannot be merged into it; pass the folder of the unquantized "
             "model"
         )
     state = model.state_dict()

@@ -49,7 +49,7 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
                 unknown.remove(prefix + renamed)
     if unknown:
         raise ValueError(
-            f"the adapter contains {min(unknown)}, but the layer has no such weight, so its experts would run without "
+            f"the adapter contains {min(unknown)}, but the layer has no such weight, so the experts would run without "
             "it. If the adapter is for the stock model, load it there and call merge_and_unload() before "
             "from_transformers(). If it is for this model, load it before any other adapter, with the same "
             "target_parameters"

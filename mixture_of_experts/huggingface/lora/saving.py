@@ -107,7 +107,7 @@ def save_adapter(
     if not found.experts:
         raise ValueError(
             f"the adapter {name!r} of {type(model.get_base_model()).__name__} does not adapt any experts; save it with "
-            "save_pretrained, or list stacked weights in target_parameters, such as 'experts.w1'"
+            "save_pretrained, or add stacked weights, such as 'experts.w1', to target_parameters"
         )
     settings = dict(
         task_type=model.peft_config[name].task_type, base_model_name_or_path=base_model, inference_mode=True
@@ -127,8 +127,8 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
         raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} has type {config.peft_type.value}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"the adapter {name!r} lacks {', '.join(missing)} from target_parameters, because PEFT found no such "
-            "weights; correct the names: experts in this package have the weights w1, w3 and w2"
+            f"the adapter {name!r} does not adapt {', '.join(missing)}, because PEFT found no such weights; correct "
+            "target_parameters (this package's experts have the weights w1, w3 and w2)"
         )
     return name
 
@@ -150,8 +150,8 @@ def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, A
     """Write the adapter in PEFT's layout for the model that `from_transformers` creates from the stock model."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which can be "
-            "converted only if the base model is a stock model; train without modules_to_save"
+            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which "
+            "layout='mixture_of_experts' does not support; train without modules_to_save"
         )
     replace_blocks(found.model, {path: {"balance_over": "batch"} for path in find_sparse_blocks(found.model)})
     stacks = {}
@@ -186,7 +186,7 @@ def write_with_peft(
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"PEFT would not adapt the same modules of {type(found.model).__name__} (the difference is "
+            f"PEFT would adapt a different set of modules in {type(found.model).__name__} (the difference includes "
             f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}); adapt only experts and attention"
         )
     if not find_layers(found.model):
@@ -208,8 +208,8 @@ def check_loads(stock: Any) -> None:
     names = [name for name, _ in stock.named_parameters() if ".lora_" in name]
     for renamed in find_renamed_weights(stock, names, "default"):
         raise ValueError(
-            f"PEFT would load weights of the adapter as {renamed}, which {type(stock).__name__} does not have, and "
-            "ignore them; call merge_and_unload() and save the whole model"
+            f"PEFT would rename an adapter weight to {renamed}, which {type(stock).__name__} does not have, and ignore "
+            "it; call merge_and_unload() and save the whole model"
         )
 
 

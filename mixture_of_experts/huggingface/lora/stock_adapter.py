@@ -65,7 +65,7 @@ def read_adapter(model: Any, adapter: str) -> StockAdapter:
         if isinstance(module, layer.LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}:
             if not is_plain_lora(module, adapter):
                 raise ValueError(
-                    f"{path} uses a LoRA variant, such as DoRA or biases, but only the matrices A and B can be saved"
+                    f"{path} uses a LoRA option, such as DoRA or biases, but only the matrices A and B can be saved"
                 )
             if isinstance(module, layer.ParamWrapper):
                 add_expert_update(found, layers, path, module, adapter)

@@ -163,8 +163,8 @@ def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list
         weights = [id(getattr(module, name)) for module, name, _ in iter_expert_tensors(router)]
         if stacks[get_expert_stack(router)] > 1 or any(holders[weight] > 1 for weight in weights):
             raise TypeError(
-                f"prune does not support {router.name!r}, because another module shares its experts or some of its "
-                "router or expert weights; untie them"
+                f"prune does not support {router.name!r}, because its experts, router weights or expert weights are "
+                "shared with another module; untie them"
             )
     check_not_on_meta(model, type(model).__name__)
     return routers
@@ -230,8 +230,8 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
     new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
     if differ:
         raise ValueError(
-            f"each layer of {type(models[0]).__name__} must keep the same number of experts, because its configuration "
-            f"stores a single number for all blocks, but got {[new, *differ]}"
+            f"all layers of {type(models[0]).__name__} must keep the same number of experts, but got {[new, *differ]}; "
+            "its configuration stores a single number for all blocks"
         )
     # without blocks, `add_router_config` has set "num_experts"
     names = [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]

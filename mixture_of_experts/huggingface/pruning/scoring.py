@@ -87,7 +87,7 @@ def run_calibration_batch(model: nn.Module, batch: Any) -> None:
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):
         raise TypeError(
-            "expected `calibration` to be batches of tokens (tensors, or dicts or tuples of tensors, as a tokenizer "
-            f"returns with return_tensors='pt'), but got {batch!r:.99}"
+            "expected `calibration` to be batches of tokens (tensors, or dicts or tuples of tensors, such as a "
+            f"tokenizer's output with return_tensors='pt'), but got {batch!r:.99}"
         )
     _ = model(**batch) if named else model(*parts)

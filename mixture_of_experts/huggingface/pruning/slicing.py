@@ -98,13 +98,12 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
     minimum = k + isinstance(gate, NoisyTopKGating)  # minimum number of experts that the gate supports
     prefix = f"prune cannot keep {number} of {router.num_experts} experts of {router.name!r}"
     if not minimum <= number <= router.num_experts:
-        raise ValueError(f"{prefix}; keep between {minimum} (the minimum for its router) and {router.num_experts}")
+        raise ValueError(f"{prefix}; keep at least {minimum} (required by its router) and at most {router.num_experts}")
     minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # minimum number of experts per group
     if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < minimum)):
         raise ValueError(
-            f"{prefix}; all num_groups={groups} groups must keep the same number of experts, at least two if "
-            f"group_score is 'two_best', and the top_groups={gate.top_groups} groups available to a token must hold at "
-            f"least {k}"
+            f"{prefix}; each of the num_groups={groups} groups must keep the same number of experts (at least two if "
+            f"group_score is 'two_best'), and top_groups={gate.top_groups} groups must contain at least k={k} experts"
         )
 
 

@@ -121,7 +121,7 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     """
     ups, out = chain.ups, trial.output
     if any(trial.source_uses.count(up) > 1 for up in ups):
-        raise UnsupportedNetworkError("values between the network's linear layers are also used elsewhere")
+        raise UnsupportedNetworkError("the outputs of the first linear layers are also used elsewhere")
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
@@ -194,7 +194,7 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     bypassed = [match_adapter(second_trace, each) for each in second_trace.chains if each.down == down]
     if not bypassed or bypassed[0].gate or not isinstance(bypassed[0].activation, nn.Identity):
         raise UnsupportedNetworkError(
-            f"the computation between the linear layers is embedded in the code of {type(trial.module).__name__}"
+            f"{type(trial.module).__name__} implements the computation between the linear layers in its own code"
         )
     output_dropout = None  # if the dropout is also applied after the last layer, the MoE must include it
     if bypassed[0].hidden_dropout is not None:

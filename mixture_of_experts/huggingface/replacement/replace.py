@@ -217,7 +217,9 @@ def find_networks(
     check_not_packed(model)
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
-        raise TypeError(f"expected adapters to be a dict {{class name: Adapter(...)}}, but got {adapters!r:.99}")
+        raise TypeError(
+            f"expected adapters to be a dict that maps class names to Adapter(...), but got {adapters!r:.99}"
+        )
     known = find_torch_layers(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     check_not_chunked(model)
@@ -274,8 +276,8 @@ def check_not_chunked(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "chunk_size_feed_forward", 0):
             raise ValueError(
-                f"{name} computes its feed-forward network in chunks, but a router must see whole sequences; "
-                "set config.chunk_size_feed_forward = 0 before building the model"
+                f"{name} computes its feed-forward network in chunks, but the router requires whole sequences; set "
+                "config.chunk_size_feed_forward = 0 before building the model"
             )
 
 
@@ -291,7 +293,7 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(
-                "expected `layers` to contain block numbers (integers, such as 1) or names (as returned), or to be a "
+                "expected `layers` to contain block numbers (such as 1) or network names (as returned), or to be a "
                 f"function of a name, but got {entry!r}; omit `layers` to replace all networks"
             )
     chosen = [name for name in names if name in entries or parse_block_number(name) in entries]
@@ -416,8 +418,8 @@ def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
         found, wanted = call_or_none(lambda: location.module(x)), dense.compute(x)
     if found is None or found.shape != wanted.shape or not (found - wanted).norm() <= tolerance * wanted.norm():
         raise ValueError(
-            f"{location.name} does not return what {location.adapter} describes; either it is not a feed-forward "
-            "network that depends only on tokens, or its adapter is wrong"
+            f"the output of {location.name} does not match {location.adapter}; either the adapter is wrong, or the "
+            "module is not a feed-forward network that depends only on tokens"
         )
 
 

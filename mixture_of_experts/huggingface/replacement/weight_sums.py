@@ -20,7 +20,7 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
         ValueError: the sum varies between tokens, or the gate drops tokens in eval mode.
     """
     gate: Any = moe.gate
-    dense = "the upcycled model would not compute the same as the dense model"
+    dense = "the outputs of the upcycled model would differ from the dense model's"
     others = "or start with new experts by calling replace_ffn"
     factor = getattr(gate, "capacity_factor_eval", None)
     if factor is not None and factor * (gate.k if gate.capacity_per_choice else 1) < gate.num_experts:

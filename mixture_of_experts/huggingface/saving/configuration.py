@@ -69,8 +69,8 @@ class ExpertsConfigMixin:
         layers = read_layer_entries(self)
         if any("block" in layer and UNSTACKED_FORM in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
-                f"{type(self).__name__} has unstacked experts in layers that replaced blocks, and a model class may "
-                "load them into stacks of its own; call restack() on the model before saving it"
+                f"{type(self).__name__} has unstacked experts in layers that replaced blocks, but transformers might "
+                "stack their weights when loading them; call restack() on the model before saving it"
             )
         records = vars(self).get(LAYERS_KEY)
         records = records if isinstance(records, dict) else {}

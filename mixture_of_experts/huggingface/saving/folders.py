@@ -226,7 +226,7 @@ def read_config(source: Path) -> Any:
     if the model was quantized by another library."""
     if not source.is_dir():
         raise FileNotFoundError(
-            f"{source} is not a folder, and nothing is downloaded automatically; download the model to a folder first"
+            f"{source} is not a folder, and models are not downloaded automatically; download the model first"
         )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     method = read_quantization(config).get("quant_method", MODEL_TYPE)

@@ -138,7 +138,7 @@ def from_pretrained(
     layers = read_layer_entries(config)
     if not layers:
         raise ValueError(
-            f"{path} has no experts, because its configuration has no {LAYERS_KEY!r}; load it with its own class"
+            f"{path} has no experts, because its configuration has no {LAYERS_KEY!r}; load the model with its own class"
         )
     config.quantization_config = {"quant_method": MODEL_TYPE, "layers": layers, "gate": gate, "adapters": adapters}
     return (model_class or find_saved_class(config)).from_pretrained(path, config=config, **settings)

@@ -62,7 +62,9 @@ def insert_experts(
             )
         entries |= {place: entry for name in entry["layers"] if (place := find_layer_path(model, name)) is not None}
     if not entries:
-        raise ValueError(f"{type(model).__name__} has none of the layers {[entry['layers'] for entry in layers]}")
+        raise ValueError(
+            f"{type(model).__name__} has none of the layers in config.json: {[entry['layers'] for entry in layers]}"
+        )
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         replace_blocks(model, blocks)
     if networks := [place for place, entry in entries.items() if "block" not in entry]:
@@ -134,8 +136,8 @@ def finish_loading(model: Any, repack: bool = True) -> None:
         lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
             raise ValueError(
-                f"the checkpoint does not contain {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}; to "
-                "load a dense model, use its own class and upcycle it"
+                f"the checkpoint does not contain {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}; load "
+                "a dense model with its own class, and then upcycle it"
             )
     for module in model.modules():
         if isinstance(module, QuantizedExperts) and repack:

@@ -67,7 +67,7 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
     it."""
     if unknown := sorted(set(names) - weight_map.keys()):
         raise ValueError(
-            f"{file} contains {unknown[0]}, which its index lacks; download both again, or save the model again"
+            f"{file} contains {unknown[0]}, which is not in its index; download both again, or save the model again"
         )
     if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
         raise make_missing_error(missing[0])
