@@ -151,7 +151,7 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # `forward` has no readable signature, so it may accept any argument
+    except ValueError:  # the signature of `forward` cannot be inspected, so any argument may be accepted
         return True
     return True
 

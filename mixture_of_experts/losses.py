@@ -215,7 +215,7 @@ def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
         group: process group across which the batch is split. `values` are first summed over the ranks of this group.
 
     Returns:
-        The average over all outer experts (`...`) with nonzero values, as a 0-dimensional tensor.
+        A 0-dimensional tensor, averaged over the outer experts (`...`) that have nonzero values.
     """
     total = global_sum(values, group) + (values - values.detach()) * world_size(group)
     center = total.mean(dim=-1)

@@ -1,10 +1,11 @@
 """Defines providers, which describe modules from other libraries.
 
-This package supports its own modules and PyTorch's modules directly. For other libraries, features that act on whole
-models query a provider to find modules that call routers, wrap other modules, or receive arguments that describe
-tokens. The providers for a module are those registered for the top-level packages that define its class and base
-classes. The providers for `BUNDLED_LIBRARIES` are defined in `mixture_of_experts.huggingface` and imported when a
-module from one of these libraries is first encountered. Call `register_provider` to add more providers.
+This package supports its own modules and PyTorch's modules directly. For models that contain modules from other
+libraries, `collect_aux` and similar functions query a provider, which finds modules that call routers, wrap other
+modules, or receive arguments that describe tokens. The providers for a module are those registered for the top-level
+packages that define its class and base classes. The providers for `BUNDLED_LIBRARIES` are defined in
+`mixture_of_experts.huggingface` and imported when a module from one of these libraries is first encountered. Call
+`register_provider` to add more providers.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ExternalRouter:
         zero_weight_expert: the expert that replaces choices with weight 0, or None to keep such choices.
         chooses_by_token_ids: whether experts are looked up in a table by token id.
         remedy: advice for the error message that is raised if a feature does not support the router.
-        aux_loss_remedy: advice for the error message of `collect_aux` on how to obtain the router's auxiliary loss.
+        aux_loss_remedy: how to obtain the router's auxiliary loss. `collect_aux` includes it in its error message.
     """
 
     path: str

@@ -128,8 +128,8 @@ def replace_modules(
         held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), module_class)
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
-                f"the experts in {name} cannot be replaced, because the {type(module).__name__} depends on them. Merge "
-                "adapters first, or call fast_lora() before quantize_experts(). Compile experts only afterwards"
+                f"the experts in {name} cannot be replaced because the {type(module).__name__} depends on them. Merge "
+                "adapters first, or call fast_lora() before quantize_experts(). Compile the experts last"
             )
         if isinstance(module, module_class):
             found[module] = name

@@ -34,7 +34,7 @@ class Permutation(NamedTuple):
         row: `(a,)` integers, the row of each assignment, or `num_rows` for assignments without a row.
         assignment: `(r,)` integers, the assignment of each row. Empty rows have the value a, the number of assignments.
         weight: `(a,)`, the weight of each assignment, or 0 for assignments without a row.
-        token: `(r,)` integers, the token of each row. Empty rows have the value t, the number of tokens.
+        token: `(r,)` integers, the index of each row's token. Empty rows have the value t, the number of tokens.
         rows_per_expert: `(e,)` int64, the number of rows per expert, including padding, or None if the rows are slots.
         k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
         num_tokens, num_rows: the number of tokens, t, and the number of rows, r.

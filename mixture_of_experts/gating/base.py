@@ -76,10 +76,10 @@ class Tokens:
     Attributes:
         x: `(..., b, n, d)`, in which masked tokens are set to zero.
         mask: `(..., b, n)` bool mask of the real tokens, or None if there is no padding.
-        makes_all_choices: `(..., b, n)` bool mask of the tokens that make k choices because their importance is 1, or
-            None if all tokens make k choices.
-        makes_any_choice: `(..., b, n)` bool mask of the tokens that make at least their top choice because their
-            importance is above 0, or None if all tokens make their top choice.
+        makes_all_choices: `(..., b, n)` bool mask of the tokens whose importance is 1, which make k choices, or None
+            if all tokens make k choices.
+        makes_any_choice: `(..., b, n)` bool mask of the tokens whose importance is above 0, which make at least
+            their top choice, or None if all tokens make their top choice.
         length: `(..., b)` number of tokens used to compute the capacity and the balancing losses, or n if every group
             has n tokens.
         side: side inputs `(..., b, n)` or `(..., b, n, anything)`, keyed by name.

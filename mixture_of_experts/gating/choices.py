@@ -24,7 +24,9 @@ class Choices(NamedTuple):
     """
 
     expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be distinct experts
-    weight: Tensor  #: (..., b, n, k), factors of the experts' outputs; choices with weight 0 are not computed
+    weight: (
+        Tensor  #: (..., b, n, k), weights of the experts' outputs; experts are not computed for choices with weight 0
+    )
     probs: Tensor  #: (..., b, n, e), the router's probabilities (normalized scores)
     #: 0-dim losses, keyed by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
     losses: dict[str, Tensor]
@@ -33,7 +35,7 @@ class Choices(NamedTuple):
     primary: Tensor | None = None  #: (..., b, n, k) bool, True for first choices at level two; default: choice 0
     sent: Tensor | None = None  #: (..., b, n, k) bool, True if the chosen expert receives the token; None if all do
     is_masked: bool = False  #: whether `sent` already excludes the choices that the mask and importance do not allow
-    state: Tensor | None = None  #: (..., b, n, anything), the state passed to the next layer's router
+    state: Tensor | None = None  #: (..., b, n, *), the state passed to the next layer's router
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:

@@ -117,7 +117,7 @@ class StepsWithoutUpdate:
     steps: int = 0  #: number of optimizer steps since the last update
     forwards: int = 0  #: number of training forward passes since the last update
     version: int | None = None  #: version of the weight in the last training forward pass
-    warned: bool = False  #: whether the warning was emitted since the last update
+    warned: bool = False  #: whether the warning has been emitted since the last update
 
     def bias_moved(self) -> None:
         """Reset the counts after the bias is updated."""

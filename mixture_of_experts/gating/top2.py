@@ -199,7 +199,7 @@ class Top2Gating(TokenChoiceGate):
             p_1, same = torch.where(makes_both, p_1, 0.0), same & makes_both
         p_2 = p_2.masked_fill(same, 0.0)
         weight = torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
-        if self.num_experts > 1:  # tokens with NaN make two choices
+        if self.num_experts > 1:  # both choices count, even if a weight is NaN
             return weight
         # 0 divided by a NaN sum is NaN, and a nonzero weight would count as a choice
         return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)

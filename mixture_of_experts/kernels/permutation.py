@@ -31,7 +31,7 @@ def find_rows_kernel(
     chosen,  # (c,) bool: whether each choice is queued
     kept,  # (c,) bool: whether each choice is computed
     slot,  # (a / k2,) int64: level-two token of each level-one choice (s if it has none); None for a single level
-    length,  # (q,) int64: number of rows in each queue; later positions have no rows
+    length,  # (q,) int64: number of rows in each queue; choices beyond it have no rows
     stop,  # (q,) int64: end of each queue's rows
     row,  # (a,) int32, output: row of each assignment (r if it has none)
     assignment,  # (r,) int32, output: assignment of each row (a for unused rows at the end)

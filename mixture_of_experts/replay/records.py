@@ -143,7 +143,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         remain unchanged."""
         if not self._unread:
             return
-        with READ_LOCK:  # other threads may read while a recording appends
+        with READ_LOCK:  # other threads may read while the recorder appends a forward pass
             unread, both = self._unread.copy(), (self._experts, self._weights or {})
             read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
             for kind, stored in enumerate(both):
@@ -187,8 +187,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         vLLM (started with `enable_return_routed_experts`) returns an integer array `(s, l, k)`
         (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang (`return_routed_experts`) returns
         base64-encoded int32 (sgl-project/sglang#12162). The last token of a completion has no record, because the
-        engine never processed it. If all entries of a row are -1, the engine did not record the token, and the gate
-        chooses its experts.
+        engine never processed it. A row of -1 entries means that the engine did not record the token. The gate then
+        chooses the token's experts.
 
         Args:
             requests: an array, tensor or nested list of shape `(s, l, k)` for each request. Axis l indexes the layers

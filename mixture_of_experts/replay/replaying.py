@@ -60,8 +60,8 @@ def replay_routing(
         ValueError: the model and the records differ in the number of gates, choices or experts, or a gate does not
             accept choices. This error is raised when the context is entered. It is also raised in a forward pass,
             before the first gate runs, if the number of sequences or tokens differs from the records.
-        TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
-            pass if a block from another library does not choose with `torch.topk`.
+        TypeError: a gate does not make k choices for each token (expert choice). This error is also raised during
+            a forward pass if a block from another library does not choose experts with `torch.topk`.
         RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
             recomputes gates after the context has exited.
 

@@ -15,7 +15,7 @@ WARN_DROPPED_ABOVE = 0.1  # warn if the fraction of avoidable drops exceeds this
 WARN_LOAD_ABOVE = 2.0
 BIAS_REMEDY = "update its expert bias with balance_experts, or increase the rate if you already do"
 WARN_LOAD_BELOW = 0.1  # warn if the load is below this fraction of a balanced load
-MAX_LISTED_EXPERTS = 12  # maximum number of experts that a warning lists
+MAX_LISTED_EXPERTS = 12  # maximum number of experts listed in a warning
 
 StepRows = tuple[int, Tensor]  # step number, and the rows of the step's forward passes
 

@@ -131,7 +131,7 @@ class GateRingBuffer:
         self.has_bias: bool = router.expert_bias is not None
         # a traced graph cannot store names, but it can call a function (not a method) with a constant result
         self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
-        with torch.inference_mode(False), router.device:  # inference tensors can be written only in inference mode
+        with torch.inference_mode(False), router.device:  # outside inference mode, inference tensors cannot be modified
             # the additional row shows whether the step after it is complete
             size = self.keep + 1
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)

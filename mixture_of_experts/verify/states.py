@@ -25,7 +25,7 @@ from mixture_of_experts.verify.trial import (
 )
 
 UNUSUAL_SEED = 20170123  # a seed that no module uses
-MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for another thread
+MAX_PARTS = 8  # maximum number of submodules in which a forward pass is paused
 PATIENCE = 10  # seconds to wait for a forward pass in another thread
 
 

@@ -146,7 +146,7 @@ def test_failed_command_leaves_nothing(tmp_path, capsys):
         (("upcycle", "in", "moe"), "moe already exists; choose another name"),
         (("upcycle", "moe", "out"), "moe already has experts"),
         (("export", "in", "out"), "in has no experts"),
-        (("export", "moe2", "out"), "transformers has no class for a GPT2LMHeadModel with experts"),
+        (("export", "moe2", "out"), "transformers has no mixture-of-experts class for GPT2LMHeadModel"),
         (("upcycle", "in", "out", "--granularity", "5"), "num_experts=8 must be a multiple of granularity=5"),
         (("upcycle", "in", "out", "--gate", "TopKGating(kay=2)"), "unexpected keyword argument 'kay'"),
     ]:

@@ -344,7 +344,7 @@ def test_layers_inside_experts_keep_their_size():
 
 
 def test_prune_rejects_meta_and_non_models():
-    with pytest.raises(ValueError, match="weights on the meta device; load them first"):
+    with pytest.raises(ValueError, match="weights on the meta device; load the weights first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
     with pytest.raises(ValueError, match="has no gate; pass a model with MoE layers to prune"):
         prune(nn.Linear(3, 3), 2, "random")
@@ -400,7 +400,7 @@ def test_layers_that_were_blocks_keep_equally_many():
     model = from_transformers(make_stock("Qwen3Moe"))
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"must keep the same number of experts, but got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"must keep the same number of experts, .* but got \[2, 3\]"):
         prune(model, by={first: [0, 1], second: [0, 1, 2]})
     with pytest.raises(ValueError, match=r"got \[2, 8\]"):
         prune(model, 2, "random", gates=[first])

@@ -230,8 +230,8 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
     new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
     if differ:
         raise ValueError(
-            f"all layers of {type(models[0]).__name__} must keep the same number of experts, but got {[new, *differ]}; "
-            "its configuration stores a single number for all blocks"
+            f"all layers of {type(models[0]).__name__} must keep the same number of experts, because the model's "
+            f"configuration stores a single number, but got {[new, *differ]}"
         )
     # without blocks, `add_router_config` has set "num_experts"
     names = [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]

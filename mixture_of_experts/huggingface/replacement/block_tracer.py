@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 class TracedTensor(Tensor):
     """Random numbers `(2, 3, w)` that represent the output of a linear layer, or values computed from such numbers."""
 
-    sources: frozenset[str | float]  # paths of layers and locations of dropouts that contributed to the tensor
+    sources: frozenset[str | float]  # paths of the layers and locations of the dropouts that produced the tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

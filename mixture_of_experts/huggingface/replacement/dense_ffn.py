@@ -166,8 +166,8 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
     check_not_offloaded(module, name)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
-            f"{name} has weights on the meta device; load them first, or convert its folder with python -m "
-            "mixture_of_experts.huggingface"
+            f"{name} has weights on the meta device; load the weights first, or convert the saved model with "
+            "python -m mixture_of_experts.huggingface"
         )
 
 
@@ -247,7 +247,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch modules for which experts have fast implementations, keyed by `transformers` activation class
+#: activation modules that the experts compute with fast implementations, keyed by `transformers` activation class
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),

@@ -191,7 +191,7 @@ def plan_export(model: Any) -> ExportPlan:
     candidates = [target for target in EXPORT_TARGETS if family in target.dense_prefixes]
     if not candidates:
         known = ", ".join(sorted({source for target in EXPORT_TARGETS for source in target.dense_prefixes}))
-        raise ValueError(f"transformers has no class for a {name} with experts; it has classes for {known}")
+        raise ValueError(f"transformers has no mixture-of-experts class for {name}; supported models: {known}")
     reasons = []
     for target in candidates:
         stock = make_target_model(model, target, head, layers)

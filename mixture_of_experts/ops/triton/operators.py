@@ -33,7 +33,7 @@ from mixture_of_experts.ops.triton.schedule import (
 from mixture_of_experts.support.private_torch import is_fake_tensor
 
 NO_ACTIVATION = NetworkSpec("plain", "identity")
-# indices must fit into int32, and may exceed the last row by two blocks of 128 rows
+# indices must fit in int32 and may run up to two blocks of 128 rows past the last row
 MAX_KERNEL_ROWS = (1 << 31) - 256
 
 
