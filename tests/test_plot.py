@@ -114,7 +114,7 @@ def test_gates_fill_the_width():
 
 
 def test_errors(make_stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(KeyError, match="no gate 'gat'"):
+    with pytest.raises(KeyError, match="no gate named 'gat'"):
         make_stats.plot("gat")
 
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:

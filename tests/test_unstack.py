@@ -143,7 +143,7 @@ def test_rejects_compiled_experts():
     for change, made in ((unstack, MoE(D, E)), (restack, unstack(MoE(D, E)))):
         made.experts = torch.compile(made.experts, backend="eager")
         kinds = [type(module) for module in made.modules()]
-        with pytest.raises(ValueError, match="experts cannot be replaced, because the OptimizedModule depends"):
+        with pytest.raises(ValueError, match="experts cannot be replaced because the OptimizedModule depends"):
             change(made)
         assert [type(module) for module in made.modules()] == kinds
 

@@ -366,7 +366,7 @@ def test_the_router_has_no_low_rank_factors():
 @pytest.mark.parametrize("change", [lambda moe: moe, fast_lora], ids=["peft", "fast"])
 def test_adapted_experts_are_not_unstacked(change):
     moe = change(add_lora(make_layer()))
-    with pytest.raises(ValueError, match=r"ParamWrapper depends on them. Merge any adapters"):
+    with pytest.raises(ValueError, match=r"ParamWrapper depends on them. Merge adapters"):
         unstack(moe)
     assert type(moe.experts.get_base_layer()) is GatedExperts
 
