@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's file of adapter weights
+
 
 def is_peft_wrapper(module: nn.Module) -> bool:
     """Return whether a module is a PEFT wrapper, that is, whether its class or a base class is defined in PEFT."""

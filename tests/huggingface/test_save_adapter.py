@@ -25,7 +25,7 @@ from mixture_of_experts.huggingface import (
     upcycle,
     weights_shown,
 )
-from mixture_of_experts.huggingface.lora.saving import WEIGHTS_FILE
+from mixture_of_experts.huggingface.private_peft import ADAPTER_FILE
 from mixture_of_experts.quantize import quantize_experts
 
 from .test_block_conversion import build_model
@@ -207,7 +207,7 @@ def test_adapters_of_quantized_experts(tmp_path):
 
 def read_per_expert(folder: Path) -> dict[str, Tensor]:
     """The sum of each pair of factors with its scaling, by name."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS_FILE)
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / ADAPTER_FILE)
     found = {}
     for key in tensors:
         if key.endswith(".lora_A.weight"):

@@ -10,11 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_peft import get_active_copy, is_peft_wrapper, strip_wrappers
+from mixture_of_experts.huggingface.private_peft import ADAPTER_FILE, get_active_copy, is_peft_wrapper, strip_wrappers
 from mixture_of_experts.huggingface.saving.folders import read_experts_model, rewrite_folder
 from mixture_of_experts.quantize import QuantizedExperts
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:

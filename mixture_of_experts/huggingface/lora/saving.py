@@ -21,6 +21,7 @@ from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
 from mixture_of_experts.huggingface.feed_forward import find_layers
 from mixture_of_experts.huggingface.private_peft import (
+    ADAPTER_FILE,
     find_missed_targets,
     find_renamed_weights,
     strip_wrappers,
@@ -32,8 +33,6 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 if TYPE_CHECKING:
     from mixture_of_experts.huggingface.lora.stock_adapter import LowRankUpdate, StockAdapter
 
-LAYOUTS = ("peft", "per_expert", "mixture_of_experts")
-WEIGHTS_FILE = "adapter_model.safetensors"
 #: names of an expert's w1, w3 and w2, keyed by model type, for models whose checkpoints stack the experts
 STACKED_EXPERT_NAMES = {"gpt_oss": ("w1", "w3", "w2")}
 
@@ -100,8 +99,9 @@ def save_adapter(
         raise TypeError(
             f"expected model to be a PeftModel, but got a {type(model).__name__}; wrap it with get_peft_model"
         )
-    if layout not in LAYOUTS:
-        raise ValueError(f"expected layout to be one of {', '.join(map(repr, LAYOUTS))}, but got {layout!r}")
+    writers = {"peft": write_for_stock_model, "per_expert": write_per_expert, "mixture_of_experts": write_for_layers}
+    if layout not in writers:
+        raise ValueError(f"expected layout to be one of {', '.join(map(repr, writers))}, but got {layout!r}")
     name = choose_adapter(model, adapter)
     found = read_adapter(model, name)
     if not found.experts:
@@ -112,9 +112,7 @@ def save_adapter(
     settings = dict(
         task_type=model.peft_config[name].task_type, base_model_name_or_path=base_model, inference_mode=True
     )
-    writers = (write_for_stock_model, write_per_expert, write_for_layers)
-    write = dict(zip(LAYOUTS, writers, strict=True))[layout]
-    write(found, Path(folder), settings)
+    writers[layout](found, Path(folder), settings)
 
 
 def choose_adapter(model: Any, adapter: str | None) -> str:
@@ -283,7 +281,7 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
     ranks = {path: len(a) for path, (_, a) in pairs.items()}
     config = make_lora_config(max(ranks.values()), ranks, **settings, target_modules=targets)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config.save_pretrained(folder)
 
 

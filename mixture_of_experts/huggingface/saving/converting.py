@@ -81,11 +81,7 @@ def convert_folder(
     config = read_config(source)
     stock = not read_layer_entries(config)
     if stock:
-        model, weights = make_empty_model(config), read_weights(source)
-        paths = find_sparse_blocks(model)
-        blocks, held = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
-        check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, held)))
-        load_weights(model, {name: held[name] for name in held if not name.startswith(blocks)}, weights)
+        model, paths, weights = read_all_but_blocks(source, config)
     else:
         model, weights = read_model(source, config), {}
         paths = list(find_layers(model))
@@ -124,6 +120,20 @@ def quantize_folder(
     """Run `convert_folder` with different defaults: 8 bits, and a CPU-independent layout for 4-bit weights (see
     `ops/int4.py`). Every machine rearranges this layout in memory when it loads the weights."""
     convert_folder(source, target, bits=bits, block=block, **settings)
+
+
+def read_all_but_blocks(source: Path, config: Any) -> tuple[Any, list[str], dict[str, Tensor]]:
+    """Read a stock model, except for its sparse blocks, whose weights remain on the meta device.
+
+    Returns:
+        The model, the paths of the sparse blocks, and all weights in the folder, keyed by name.
+    """
+    model, weights = make_empty_model(config), read_weights(source)
+    paths = find_sparse_blocks(model)
+    blocks, held = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+    check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, held)))
+    load_weights(model, {name: held[name] for name in held if not name.startswith(blocks)}, weights)
+    return model, paths, weights
 
 
 def plan_dtypes(config: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
