@@ -96,7 +96,7 @@ def test_other_heads(auto):
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        ("gpt2", {}, "no class for a GPT2LMHeadModel with experts; it has classes for Llama"),
+        ("gpt2", {}, "no mixture-of-experts class for GPT2LMHeadModel; supported models: Llama"),
         ("llama_bias", {}, "Unsupported: Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
