@@ -55,6 +55,13 @@ def test_every_property_that_can_fail_has_a_planted_fault():
     assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT_PROPERTIES)
 
 
+def test_one_balanced_batch_is_no_fault():
+    """The loss of two tokens that choose all experts has no gradient, as in two of these layers."""
+    for seed in range(117, 124):
+        torch.manual_seed(seed)
+        assert verify(MoE(16, gate=TopKGating(16, 4)), properties=["loss_accumulation"]).failed == [], seed
+
+
 @pytest.mark.parametrize(("count", "each"), [(3, 4), pytest.param(200, 1, marks=pytest.mark.slow)])
 def test_random_layers_of_the_package(count, each):
     lines = [
