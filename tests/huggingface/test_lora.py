@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import layer as layer_of_peft
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,7 @@ from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, T
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import implementations, wrapper
 from mixture_of_experts.ops.cpu import decode
+from mixture_of_experts.parallel import ExpertParallel, parallelize_module
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import unstack
 from mixture_of_experts.wrappers import InputWeightedExperts, ZeroComputationExperts
@@ -369,6 +371,17 @@ def test_adapted_experts_are_not_unstacked(change):
     with pytest.raises(ValueError, match=r"ParamWrapper depends on them. Merge adapters"):
         unstack(moe)
     assert type(moe.experts.get_base_layer()) is GatedExperts
+
+
+def test_adapted_experts_are_not_sharded(one_process):
+    """In either order."""
+    mesh = init_device_mesh("cpu", (1,))
+    adapted, sharded = Holder(add_lora(make_layer())), Holder(make_layer())
+    with pytest.raises(ValueError, match="experts has adapters, which cannot be sharded across ranks; merge them"):
+        parallelize_module(adapted, mesh, {"moe": ExpertParallel()})
+    parallelize_module(sharded, mesh, {"moe": ExpertParallel()})
+    with pytest.raises(ValueError, match=r"w1 of ParallelGatedExperts .* and are not sharded across ranks"):
+        fast_lora(get_peft_model(sharded, LoraConfig(target_modules=[], target_parameters=TARGETS)))
 
 
 def test_peft_errors_are_preserved():
