@@ -35,7 +35,7 @@ class Choices(NamedTuple):
     primary: Tensor | None = None  #: (..., b, n, k) bool, True for first choices at level two; default: choice 0
     sent: Tensor | None = None  #: (..., b, n, k) bool, True if the chosen expert receives the token; None if all do
     is_masked: bool = False  #: whether `sent` already excludes the choices that the mask and importance do not allow
-    state: Tensor | None = None  #: (..., b, n, *), the state passed to the next layer's router
+    state: Tensor | None = None  #: `(..., b, n, *)`, the state passed to the next layer's router
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
