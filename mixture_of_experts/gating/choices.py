@@ -24,9 +24,7 @@ class Choices(NamedTuple):
     """
 
     expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be distinct experts
-    weight: (
-        Tensor  #: (..., b, n, k), weights of the experts' outputs; experts are not computed for choices with weight 0
-    )
+    weight: Tensor  #: (..., b, n, k), weights of the experts' outputs; choices with weight 0 are not computed
     probs: Tensor  #: (..., b, n, e), the router's probabilities (normalized scores)
     #: 0-dim losses, keyed by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
     losses: dict[str, Tensor]
