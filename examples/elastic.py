@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{default!r}")
+    parser.add_argument("--bfloat16", action="store_true", help="use autocast; routers still compute in float32")
     args = parser.parse_args()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -52,7 +53,8 @@ def main() -> None:
         torch.manual_seed(step)  # the batch does not depend on the number of ranks, which must divide it
         starts = torch.randint(len(tokens) - args.context, (args.batch,)).tolist()
         own = torch.stack([tokens[start : start + args.context] for start in starts[rank::world]])
-        loss = model(own, labels=own).loss  # includes the auxiliary loss
+        with torch.autocast(own.device.type, torch.bfloat16, enabled=args.bfloat16):
+            loss = model(own, labels=own).loss  # includes the auxiliary loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -68,7 +70,7 @@ def main() -> None:
 def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
     """Load a mixture, or upcycle a dense model. Also return a function that converts text to tokens (n,)."""
     model = (
-        AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         if name
         else LlamaForCausalLM(LlamaConfig(**SMALL))
     )
