@@ -131,7 +131,7 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
             "a list of modules cannot be sharded across ranks; stack its weights in Experts, or in a custom module "
             "whose parameters have the experts as their first dimension"
         )
-    if "base_layer" in experts._modules:  # the module that PEFT adapts
+    if "base_layer" in experts._modules:  # the module that an adapter wraps
         raise ValueError(
             f"{path} has adapters, which cannot be sharded across ranks; merge them, or adapt only other modules"
         )
