@@ -191,7 +191,7 @@ def check_packed_call(
 def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
     """Return the reason why the layer does not support packed rows, including a remedy, or None if it supports them."""
     if group_size is not None:
-        return f"group_size={group_size} groups tokens differently; set it to None"
+        return f"group_size={group_size} does not make each document a group; set it to None"
     if len(gates) > 1:
         return "a layer with two levels does not support packing; use MoE"
     if SEGMENT_IDS not in get_side_inputs(gates[0]):

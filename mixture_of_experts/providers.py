@@ -1,9 +1,9 @@
 """Defines providers, which describe modules from other libraries.
 
 This package supports its own modules and PyTorch's modules directly. For models that contain modules from other
-libraries, `collect_aux` and similar functions query a provider, which finds modules that call routers, wrap other
-modules, or receive arguments that describe tokens. The providers for a module are those registered for the top-level
-packages that define its class and base classes. The providers for `BUNDLED_LIBRARIES` are defined in
+libraries, functions that act on whole models, such as `track_routing`, query a provider, which finds modules that call
+routers, wrap other modules, or receive arguments that describe tokens. The providers for a module are those registered
+for the top-level packages that define its class and base classes. The providers for `BUNDLED_LIBRARIES` are defined in
 `mixture_of_experts.huggingface` and imported when a module from one of these libraries is first encountered. Call
 `register_provider` to add more providers.
 """

@@ -293,7 +293,7 @@ def test_experts_of_either_contract(experts, factor):
 def make_unpackable() -> dict[str, Any]:
     experts = Experts(DIM, NUM_EXPERTS)
     return {
-        "group_size=6 groups tokens differently": MoE(DIM, NUM_EXPERTS, group_size=6),
+        "group_size=6 does not make each document a group": MoE(DIM, NUM_EXPERTS, group_size=6),
         "two levels": HeirarchicalMoE(DIM, (2, 2)),
         "ExpertChoiceGating does not support": MoE(DIM, gate=ExpertChoiceGating(DIM, NUM_EXPERTS), experts=experts),
     }

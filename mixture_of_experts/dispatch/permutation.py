@@ -89,12 +89,12 @@ class Permutation(NamedTuple):
 
 
 def permute_to_slots(assignments: Assignments) -> Permutation:
-    """Return a permutation with one row for each slot `(e, b, c)`. It is used for experts that read slots."""
+    """Return a permutation with one row for each slot `(e, b, c)`."""
     return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
 
 
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
-    """Return a permutation with one row for each kept assignment. It is used for grouped matrix products.
+    """Return a permutation with one row for each kept assignment.
 
     Unused rows may follow the kept assignments. The last `spare` rows are always unused, while all other rows may be
     filled.
@@ -105,8 +105,7 @@ def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutatio
 
 
 def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
-    """Return a permutation in which the caller chooses each expert's number of rows. It is used for batched matrix
-    products.
+    """Return a permutation in which the caller chooses each expert's number of rows.
 
     Args:
         assignments: the assignments of a call.

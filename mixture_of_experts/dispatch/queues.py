@@ -288,7 +288,7 @@ def stable_order(values: Tensor, descending: bool = False) -> Tensor:
 def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
     """Sort the last dimension of `values` `(..., n)`, and return the sorted values and their indices. The sort is
     stable, so the order of equal values is preserved."""
-    if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK sorts equal values by index
+    if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK keeps equal values in order
         ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
     else:
         ordered, order = values.sort(dim=-1, descending=descending, stable=True)

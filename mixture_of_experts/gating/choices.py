@@ -115,7 +115,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """
     if k > score.shape[-1]:
         raise ValueError(
-            f"k must be at most the number of experts ({score.shape[-1]}), got {k}; a token chooses each expert once"
+            f"k must be at most the number of experts ({score.shape[-1]}), got {k}; each is chosen only once"
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):

@@ -1,5 +1,5 @@
-"""Runs a kernel self-check in a new Python process, so that an illegal memory access or an infinite loop does not
-affect this process.
+"""Runs a kernel self-check in a new Python process, so that an illegal memory access or an infinite loop ends
+that process instead of this one.
 
 The new process is started with `sys.executable` rather than forked, and creates its own CUDA context. The process reads
 a pickled check, which is a function without arguments, from stdin, and writes a `Verdict` to stdout as JSON. All other

@@ -29,7 +29,7 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32, output: expert (-1 for unused tiles), first row and end row of each tile
+    tiles,  # (tiles, 3) int32, output: expert (-1 for unused tiles), first row, and end of rows of each tile
     ends,  # (e,) int32, output: end of each expert's rows
     num_tiles,
     num_experts,

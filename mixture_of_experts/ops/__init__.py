@@ -82,8 +82,8 @@ def use(
     "auto" selects the fastest implementation for each call. With "batch_invariant", a dropless layer on a CPU,
     including its router and shared expert, computes bitwise identical outputs for a token in any batch. If any part of
     a layer is not known to be batch-invariant, an error is raised before anything is computed. The other
-    implementations have no effect on lists of modules, quantized experts, and any other experts that they do not
-    support.
+    implementations have no effect on lists of modules, quantized experts, and any other experts that are not computed
+    by these implementations.
 
     The context applies to all threads of the process, because the backward pass on a GPU runs in its own thread. If
     several contexts are active, the most recently entered one applies. Activation checkpointing must recompute in the

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixture_of_experts.support import private_torch
 
-#: maximum number of elements that are cast at a time, so that operands and results fit into the caches and the
+#: maximum number of elements of an operand or result that are cast at a time, so that they fit into the caches and the
 #: allocator reuses their memory. The allocator may return larger blocks to the system, and then each product causes
 #: page faults
 MAX_CAST_NUMEL = 1 << 19

@@ -182,8 +182,8 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Send a description of the call and `counts` `(e,)`, the number of rows for each expert, to all ranks, and receive
-    theirs. This function requires one host sync.
+    """Send each rank a description of the call and the row counts of its experts, taken from `counts` `(e,)`, and
+    receive the same from all ranks. This function requires one host sync.
 
     Every rank receives all descriptions, so every rank raises a ValueError if they differ.
 

@@ -276,7 +276,7 @@ def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_c
             )
     if recipe.router_aux_loss_coef is not None and not has_loss_coef:
         coef, published = recipe.router_aux_loss_coef
-        k = getattr(gate, "k", None) or 1  # without k, do not rescale the coefficient
+        k = getattr(gate, "k", None) or 1  # gates without k compute their own mean
         coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 

@@ -173,7 +173,7 @@ MODELS: dict[str, Recipe] = {
         ),
         published=PublishedModel("Kimi-K2", 384, 32, 1040),
     ),
-    # settings from torchtitan's flavor 2p8t, and SiTU from vLLM; balanced by quantile; no loss was published
+    # config.json as in torchtitan's flavor 2p8t, and SiTU as in vLLM; balanced by quantile; no loss was published
     "kimi_k3": Recipe(
         summary=(
             "Kimi K3: 16 choices, sigmoid, an expert bias, experts of half the width followed by a norm, SiTU, and "

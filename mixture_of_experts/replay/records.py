@@ -35,9 +35,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     """A mapping from gate names to expert choices. The choices of a gate are a list with one tensor per sequence.
     Padding is excluded.
 
-    A choice is an integer, which is either the index of an expert or -1 for no choice. The value -2 - i means that
-    expert i keeps its share of the token's weight but does not compute the token, because capacity or a policy dropped
-    it.
+    A choice is an integer: the index of an expert, -1 for no choice, or -2 - i. The value -2 - i means that expert i
+    keeps its share of the token's weight but does not compute the token, because capacity or a policy dropped it.
 
     Args:
         experts: lists of integer tensors `(s, k)`, one tensor per sequence, keyed by gate name.

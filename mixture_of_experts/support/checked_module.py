@@ -85,7 +85,7 @@ class FixedShapeModule(CheckedModule):
         return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # the state comes from the class of this name in mixture-of-experts 0.2.3
+        # a state without "dim" comes from the class of this name in mixture-of-experts 0.2.3
         if "dim" not in state:
             raise ValueError(
                 f"this {type(self).__name__} was pickled as a whole module by another package, mixture-of-experts "

@@ -57,7 +57,7 @@ class Explanation:
 
     Attributes:
         implementation: name of the implementation, as in `use`. For quantized experts, the name is "row_by_row" or
-            "expert_by_expert". For experts that no implementation supports (modules on slots, experts with a custom
+            "expert_by_expert". For experts that no implementation computes (modules on slots, experts with a custom
             `compute`, and experts on other ranks), the name is "module".
         reasons: why each faster implementation was not selected, keyed by name.
         gates: the explanation for each gate, in call order. The name "operators" refers to a gate's `decide` method.

@@ -107,7 +107,7 @@ def causal(trial: Trial) -> Deviations:
     n, wanted = trial.case.num_tokens, trial.forward()
     for t in (1, n // 2, n - 1):
         x, earlier = trial.make_tokens(), (slice(None), slice(t))
-        x[:, t:] = x[:, t - 1 : t]  # the repeated token requests the same experts as the original
+        x[:, t:] = x[:, t - 1 : t]  # tokens from t on request the same experts as token t - 1
         yield compare_outcomes(
             select_tokens(trial.forward(x), earlier),
             select_tokens(wanted, earlier),

@@ -147,7 +147,7 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    # this forward pass may pack the weights, and loading must make the packed copies stale
+    # this forward pass may pack the weights; after loading, the packed copies are stale
     trial.forward(module=used)
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):

@@ -151,8 +151,7 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """Updates the bias of a gate from this package. Until `hooks` are closed, the gate counts its choices according to
-    `rule`.
+    """Updates the bias of a gate from this package. Until `hooks` are closed, the gate counts what `rule` defines.
 
     If a gate has several updaters, only the newest one changes the bias. When this updater is closed, the newest
     remaining one takes over.

@@ -1,4 +1,4 @@
-"""Forces routing for benchmarks: every gate in a model routes tokens without regard to their scores."""
+"""Forces routing for benchmarks: every gate in a model chooses experts without regard to their scores."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def queued_choices(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
     """Return the kernel's inputs. In a two-level layer, the choices are the level-two choices.
 
-    The first four inputs have the shape `(a,)`: the expert and position of each choice, whether it is queued, and
-    whether it is kept. They are followed by each queue's row count `(e b,)`, `Assignments.slot_of_outer_choice`, and
+    The first four inputs have one element per choice: its expert, its position, whether it is queued, and whether it
+    is kept. They are followed by each queue's row count `(e b,)`, `Assignments.slot_of_outer_choice`, and
     the numbers of tokens per group, choices per token and experts per router.
     """
     routing, k = assignments.routing, assignments.k

@@ -59,7 +59,7 @@ class CallKind(NamedTuple):
         dtype: dtype of x and the weights.
         spec: layout and activation of the network.
         biases: whether there are input biases, and whether there are output biases.
-        transposed: two flags, which are True if the input weights or the output weights are stored transposed.
+        transposed: a flag for the input weights and a flag for the output weights, True if they are stored transposed.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
         decoding: whether only the forward pass is launched.
