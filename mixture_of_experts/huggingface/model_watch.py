@@ -152,7 +152,7 @@ class ModelWatch(ForwardWatch):
         last: the object that stores the call of the last outermost forward pass.
     """
 
-    reads: bool = False  # False if an enclosing model's watch reads the tokens
+    reads: bool = False  # False if the watch of a model inside this one reads the tokens
     adds: bool = False  # whether this watch adds the auxiliary losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether a forward pass with adapters has run
@@ -275,8 +275,8 @@ class ModelWatch(ForwardWatch):
         ):
             self.warned = True
             warnings.warn(
-                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so nothing "
-                f"balances the experts. Either the loss returned by {type(model).__name__} does not include it, or "
+                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so it does "
+                f"not balance the experts. Either the loss returned by {type(model).__name__} does not include it, or "
                 "another loss was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
                 stacklevel=2,
             )

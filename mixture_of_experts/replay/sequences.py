@@ -159,8 +159,8 @@ class SequenceCall(ForwardCall):
             )
         if mask is not None and mask.dtype != torch.bool and not starts_sequences(self.num_seen):
             raise ValueError(
-                f"{point.name!r} received {SEGMENT_IDS} in a forward pass that continues cached sequences, but each row "
-                "of a cache must be a single sequence; record and replay packed rows without a cache (use_cache=False)"
+                f"{point.name!r} received {SEGMENT_IDS} in a forward pass that continues cached sequences, but each "
+                "row of a cache must be a single sequence; record and replay packed rows with use_cache=False"
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 

@@ -113,7 +113,7 @@ class BlockSettings(ExternalRouter):
     @property
     def router_bias(self) -> Any:
         """The bias added to the router logits, or None if the router adds no bias."""
-        # these routers add no bias to their logits
+        # these routers do not add a bias to their logits, even if they have one
         if self.has_router_network or hasattr(self.router, "get_topk_indices"):
             return None
         return find_attribute(

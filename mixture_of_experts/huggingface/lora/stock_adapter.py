@@ -1,4 +1,4 @@
-"""Converts an adapter trained on a model with `MoE` layers to an adapter for the equivalent stock model.
+"""Reads the adapter of a stock model or of a model with `MoE` layers as an adapter of the equivalent stock model.
 
 Axes: e (experts), d (model dimension), h (hidden dimension), k (rank).
 """

@@ -41,7 +41,7 @@ def prune_folder(
     paths = {unwrap_module(layer.moe): path for path, layer in find_layers(model).items()}
     smaller = {paths[get_layer(router)]: router for router, ids in kept.items() if len(ids) < router.num_experts}
     read = model.state_dict().__getitem__
-    configure()  # the saved configuration now describes the layers
+    configure()  # the configuration now describes the pruned layers
 
     def change(path: str) -> dict[str, Tensor]:
         slice_experts(smaller[path], kept[smaller[path]])

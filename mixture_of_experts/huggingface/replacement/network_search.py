@@ -121,7 +121,7 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     """
     ups, out = chain.ups, trial.output
     if any(trial.source_uses.count(up) > 1 for up in ups):
-        raise UnsupportedNetworkError("the outputs of the first linear layers are also used elsewhere")
+        raise UnsupportedNetworkError("values between the linear layers are also used elsewhere")
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]

@@ -530,8 +530,8 @@ def select_hidden_units(network: DenseFFN, name: str, start: int, number: int) -
 
 @torch.no_grad()
 def perturb_experts(experts: Any, noise: float, redraw: float) -> None:
-    """Add noise to the weights of all experts, and reinitialize the same number of hidden units in each expert. The
-    experts are copies of each other before this call."""
+    """Make the copies differ: add noise to their weights, and reinitialize the same number of hidden units in each
+    expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     for weight in weights.values() if noise else ():
         weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())

@@ -76,7 +76,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "mlx-lm",
-        ("mixtral", "qwen3_moe"),  # mlx-lm raises an error for Qwen2-MoE
+        ("mixtral", "qwen3_moe"),  # for such a Qwen2-MoE, mlx-lm raises an error
         lambda config: find_rope_type(config) != "default",
         "it does not scale the rotary embeddings of Mixtral and Qwen3-MoE (rope_type)",
     ),
@@ -100,7 +100,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "llama.cpp and mlx-lm",
-        ("qwen2_moe",),  # vLLM raises an error for Qwen2-MoE's shared expert
+        ("qwen2_moe",),  # for such a shared expert, vLLM raises an error
         lambda config: config.get("hidden_act", "silu") != "silu",
         "they compute SiLU in every expert (hidden_act)",
     ),

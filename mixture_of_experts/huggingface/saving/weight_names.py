@@ -42,7 +42,7 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
     model's name.
     """
     layers, weights = tuple(f"{name}." for name in find_layers(model)), list(model.state_dict())
-    # placeholders have three dimensions, because saving may concatenate weights along any of them
+    # three dimensions, because saving may concatenate weights along any of them
     numbers = {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)}
     files = own_names(model, numbers)
     files |= map_to_file_names(model, {name: number for name, number in numbers.items() if name.startswith(layers)})

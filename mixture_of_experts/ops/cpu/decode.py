@@ -47,8 +47,8 @@ def prefers_row_sums(network: Network) -> bool:
     """Return whether to compute each row's product as a weighted sum of the weight's rows. Weighted sums are used only
     for half-precision weights.
 
-    The choice depends only on the dtype, shape and strides, so that all machines compute the same bits. It minimizes the
-    worst case on the measured CPUs. On five CPUs, with one thread and weights that are not in the caches, a
+    The choice depends only on the dtype, shape and strides, so that all machines compute the same bits. It minimizes
+    the worst case on the measured CPUs. On five CPUs, with one thread and weights that are not in the caches, a
     weighted sum takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x as long in bfloat16 (`python -m
     experiments.cpu_constants --rows`).
     """
