@@ -136,7 +136,7 @@ class MoEBase(CheckedModule):
         return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
-        """Reinitialize gates, experts and the shared expert by calling `reset_parameters` on each submodule."""
+        """Reinitialize the gates, experts and shared expert by calling `reset_parameters` on each submodule."""
         for module in self.modules():
             if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

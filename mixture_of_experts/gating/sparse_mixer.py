@@ -111,7 +111,7 @@ class SparseMixerGating(TokenChoiceGate):
         if self.training:  # sample with Gumbel noise
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
         expert, chosen = merge_overrides(given, expert)
-        if given is not None:  # a given expert is always a candidate
+        if given is not None:  # an expert that was passed in is always a candidate
             near = near.scatter(-1, expert, logits.gather(-1, expert))
         weight = near.softmax(dim=-1).gather(-1, expert)
         if not self.training:

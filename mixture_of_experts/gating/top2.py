@@ -141,7 +141,7 @@ class Top2Gating(TokenChoiceGate):
         """
         logits, probs = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
 
-        # the second choice excludes the expert of the first choice, if the token makes one
+        # if the token has a first choice, its second choice excludes that expert
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.makes_all_choices).argmax(dim=-1, keepdim=True)

@@ -85,7 +85,7 @@ class Replaced(nn.Module):
 
 
 class MoEFeedForward(Replaced):
-    """A `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
+    """An `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
 
     During a forward pass of the enclosing model, this module receives the padding mask and, if its gate reads them, the
     token ids. It reports its auxiliary loss to the model (see `model_watch.py`). Outside such a pass, no mask or token
@@ -241,7 +241,7 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
 
 
 class SparseFeedForward(MoEFeedForward):
-    """A `MoE` layer that replaces a `transformers` sparse block and keeps the block's call signature.
+    """An `MoE` layer that replaces a sparse block of `transformers` and keeps its call signature.
 
     Args:
         block: the class name of the replaced block.

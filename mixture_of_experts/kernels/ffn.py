@@ -9,7 +9,7 @@ A tile contains up to BLOCK_M rows of one expert, and a table lists all tiles. T
 tiles, and programs for unused tiles (expert -1) return immediately. No two programs write to the same location, and all
 sums have a fixed order, so results are bitwise reproducible. Strides between rows and between experts are int64.
 Offsets within a tile and within an expert's matrix are int32, so matrices with 2^31 or more elements are rejected
-before the launch. Loads of out-of-bounds rows and columns read a valid location instead, and stores are masked.
+before the launch. Out-of-bounds rows and columns are loaded from a valid location instead, and never stored.
 Elements past the end of the summed axis are read as zeros. Rows that belong to no expert are neither read nor written.
 """
 

@@ -126,7 +126,7 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
     generators are restored.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`. Only the first call is explained.
+        layer: an `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`. Only the first call is explained.
         x, args, kwargs: arguments to the layer.
 
     Example:
@@ -158,7 +158,7 @@ def prepare(
     settings.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that accepts inputs `(sequences, tokens,
+        layer: an `MoE`, a `HeirarchicalMoE`, or another module with parameters that accepts inputs `(sequences, tokens,
             layer.dim)`.
         tokens: number of tokens per sequence, as an integer or a sequence of integers.
         sequences: number of sequences, as an integer or a sequence of integers. The layer is called with each

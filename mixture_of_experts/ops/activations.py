@@ -4,7 +4,7 @@ write to preallocated memory.
 Axes: r (rows), h (hidden dimension).
 
 An activation is a function of one tensor, `act(x w1)`. Gated experts multiply the activation's result by `x w3`. For
-gated experts, an activation may also be a function `(gate, up)` of both products that returns the hidden layer.
+gated experts, an activation may also be a function of the two products, gate and up, that returns the hidden layer.
 """
 
 from __future__ import annotations

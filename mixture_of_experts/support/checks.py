@@ -157,7 +157,7 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
     """Check that `importance` is a floating-point tensor with one entry per token."""
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
-        raise TypeError(f"importance must be a floating-point tensor with elements 0, 0.5 or 1, got {kind}")
+        raise TypeError(f"importance must be a floating-point tensor whose elements are 0, 0.5 or 1, got {kind}")
     if importance.shape != shape:
         raise ValueError(
             f"importance must have shape {tuple(shape)}, with one entry per token, got {tuple(importance.shape)}"

@@ -1,4 +1,4 @@
-"""Builds a `MoE` layer from a `transformers` sparse block, and maps the block's weights to this package's names.
+"""Builds an `MoE` layer from a `transformers` sparse block, and maps the block's weights to this package's names.
 
 Axes: d (model dimension), h (hidden dimension), e (experts).
 """
@@ -39,7 +39,7 @@ class ParsedBlock(BlockSettings):
 
     Attributes:
         layer: a layer with the same dimensions and settings as the block. The layer shares any of the block's modules
-            that a `MoE` can use unchanged. All of its other weights are on the meta device.
+            that an `MoE` can use unchanged. All of its other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:

@@ -32,7 +32,7 @@ COMPARED_ATTRIBUTES = (
 
 
 def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
-    """Return a `MoE` that is equivalent to a sparse block and has copies of its weights. Frozen weights remain
+    """Return an `MoE` that is equivalent to a sparse block and has copies of its weights. Frozen weights remain
     frozen."""
     block_layer = read_block(block, balance_over, **coefs)
     with torch.enable_grad():  # with gradients enabled, the views show which weights are frozen
@@ -76,7 +76,7 @@ def check_plain_weights(module: nn.Module, name: str) -> None:
 
 
 def check_same_computation(moe: MoE, block: nn.Module) -> None:
-    """Raise ValueError if a `MoE` layer is not equivalent to a sparse block."""
+    """Raise ValueError if an `MoE` layer is not equivalent to a sparse block."""
     check_plain_weights(moe, "the layer")
     if differ := find_differences(moe, block):
         raise ValueError(f"the layer does not compute the same function as {type(block).__name__}: {'; '.join(differ)}")

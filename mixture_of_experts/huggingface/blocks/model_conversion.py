@@ -105,7 +105,7 @@ def from_transformers(
 
 
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
-    """Copy the weights of a `MoE` into an equivalent `transformers` sparse block, and return the block.
+    """Copy the weights of an `MoE` into an equivalent `transformers` sparse block, and return the block.
 
     If `block` is omitted, `moe` must be a model converted by `from_transformers`. The model is converted back to a
     stock model in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a
@@ -116,7 +116,7 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
         block: a sparse block with the same dimensions and settings as the layer.
 
     Raises:
-        TypeError: `moe` or `block` is not a module, or `block` is passed and `moe` is not a `MoE`.
+        TypeError: `moe` or `block` is not a module, or `block` is passed and `moe` is not an `MoE`.
         ValueError: the block's class is unknown, the block is not equivalent to the layer, or weights are on the meta
             device. Also raised for a model that is a wrapper or that contains layers from `replace_ffn` or `upcycle`.
             Nothing is changed in these cases.

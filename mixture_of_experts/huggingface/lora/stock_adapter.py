@@ -162,7 +162,7 @@ def add_block(found: StockAdapter, path: str) -> str:
 def add_linear_update(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add the update of a linear layer to `found`. The linear layer must not be inside a `MoE` layer."""
+    """Add the update of a linear layer to `found`. The linear layer must not be inside an `MoE` layer."""
     layer_path, _ = split_layer_path(layers, path)
     theirs = dict(found.model.named_modules()).get(path)
     if layer_path is not None or not isinstance(theirs, nn.Linear) or adapter not in wrapper.lora_A:
@@ -178,7 +178,7 @@ def add_whole_module(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
     """Add a module in `modules_to_save` to `found`. If the module is a gate, it is converted to the block's router.
-    Otherwise, it must not be inside a `MoE` layer."""
+    Otherwise, it must not be inside an `MoE` layer."""
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return

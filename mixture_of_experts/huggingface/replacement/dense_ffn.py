@@ -42,7 +42,7 @@ class Adapter:
         slot: whether the module has other functions besides the network and calls the network's parts individually. If
             True, the `MoE` replaces only `down`, and identities replace `hidden_dropout` and the parts listed in
             `bypass`. If False, the `MoE` replaces the whole module.
-        bypass: paths of the parts that are replaced with identities. Used only with `slot=True`.
+        bypass: paths of the modules that are replaced with identity modules. Used only with `slot=True`.
         ones: path of a part that is replaced with a module that returns 1, because the model multiplies by the part's
             output. Used only with `slot=True`.
         halves: the order of the gate and up outputs if a single layer computes both.
