@@ -19,6 +19,7 @@ from mixture_of_experts.parallel.agreement import check_ranks_agree
 from mixture_of_experts.parallel.sharded_experts import ShardedExperts, make_sharded_class
 from mixture_of_experts.parallel.sharding import ExpertSharding, GradientReduction
 from mixture_of_experts.support.checks import check_choice, check_sizes
+from mixture_of_experts.support.private_torch import get_wrapped_module
 
 # parts of a module's repr that differ between ranks
 RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")
@@ -131,9 +132,10 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
             "a list of modules cannot be sharded across ranks; stack its weights in Experts, or in a custom module "
             "whose parameters have the experts as their first dimension"
         )
-    if "base_layer" in experts._modules:  # the module that an adapter wraps
+    if get_wrapped_module(experts) is not None:
         raise ValueError(
-            f"{path} has adapters, which cannot be sharded across ranks; merge them, or adapt only other modules"
+            f"{path} is wrapped in a {type(experts).__name__}; apply ExpertParallel before wrapping the experts. "
+            "Adapters on sharded experts are not supported; merge them, or adapt only other modules"
         )
     dims = check_sizes("num_experts", module.num_experts)
     check_divisible(dims, mesh)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -175,6 +176,7 @@ def check_refusals() -> None:
     one_dimensional = mesh["ep"]
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make_layer("top2")}) for _ in range(2)])})
     spreads, listed = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM) for _ in range(EXPERTS)])
+    wrapped = MoE(DIM, experts=checkpoint_wrapper(Experts(DIM, EXPERTS)))
     for error, where, layer, plan in (
         (r"'layers.\*.fnn' does not match .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
         ("1-D mesh, but got a 2-D mesh with dimensions", mesh, model, {"layers.*.ffn": spreads}),
@@ -184,6 +186,7 @@ def check_refusals() -> None:
         (r"must have .* \(8,\), got", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
         (r"replicated contains \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
         ("a list of modules cannot be sharded .* stack its weights", one_dimensional, listed, spreads),
+        ("experts is wrapped in a CheckpointWrapper; apply Exp", one_dimensional, wrapped, spreads),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             parallelize_module(layer, where, plan)

@@ -15,8 +15,8 @@ from mixture_of_experts.support.private_torch import get_original_class
 
 
 def fast_lora(model: ModelT) -> ModelT:
-    """Apply the LoRA factors of stacked experts directly to the inputs of these weights, instead of
-    materializing `W + scaling B A`.
+    """Apply LoRA factors directly to the inputs of stacked expert weights, instead of materializing
+    `W + scaling B A`.
 
     By default, PEFT wraps each stacked weight in `target_parameters` and recomputes the adapted weights of all experts
     in every forward pass. After `fast_lora`, `Experts` and `GatedExperts` multiply each expert's rows by its low-rank
@@ -78,9 +78,9 @@ def fast_lora(model: ModelT) -> ModelT:
         raise ValueError(
             f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
             f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that do not override "
-            "forward and are not sharded across ranks. First let PEFT prepare the model with target_parameters in "
+            "forward and are not sharded across ranks. Let PEFT adapt such experts with target_parameters in "
             "LoraConfig, such as ['experts.w1', 'experts.w3', 'experts.w2']. If the model uses its own experts from "
-            "transformers, convert it with from_transformers() before preparing it"
+            "transformers, convert it with from_transformers() before adding adapters"
         )
     for module in found:
         module.__class__ = ParamWrapper
