@@ -81,7 +81,7 @@ def convert_folder(
     config = read_config(source)
     stock = not read_layer_entries(config)
     if stock:
-        model, paths, weights = read_all_but_blocks(source, config)
+        model, paths, weights = read_stock_model(source, config)
     else:
         model, weights = read_model(source, config), {}
         paths = list(find_layers(model))
@@ -122,8 +122,8 @@ def quantize_folder(
     convert_folder(source, target, bits=bits, block=block, **settings)
 
 
-def read_all_but_blocks(source: Path, config: Any) -> tuple[Any, list[str], dict[str, Tensor]]:
-    """Read a stock model, except for its sparse blocks, whose weights remain on the meta device.
+def read_stock_model(source: Path, config: Any) -> tuple[Any, list[str], dict[str, Tensor]]:
+    """Read the weights of a stock model. The weights of its sparse blocks remain on the meta device.
 
     Returns:
         The model, the paths of the sparse blocks, and all weights in the folder, keyed by name.
