@@ -11,9 +11,9 @@ from support.parallel_workers import Workers
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
 
-torch.set_num_threads(1)  # tests are many small operators: a second thread only waits
+torch.set_num_threads(1)  # tests run many small operators, for which a second thread only waits
 if not any(backend.is_available() for backend in (torch.cuda, torch.mtia, torch.xpu)):
-    # it stores the caller's stack for every kind of device that is absent: 0.7 ms a call, and there are 20,000
+    # torch's function records a stack trace for each missing device type: 0.7 ms per call, and tests make 20,000 calls
     torch.manual_seed = torch.default_generator.manual_seed
 
 

@@ -94,9 +94,9 @@ def make_batch(tokenizer: Any, side: str = "left") -> Any:
 
 @torch.no_grad()
 def measure_rounding(dense: Any, batch: Any) -> Tensor:
-    """The largest error of the dense model's float32 logits in padded rows, and that in other rows `(b, n, 1)`.
+    """The maximum error of the dense model's float32 logits over padding, and over all other tokens: `(b, n, 1)`.
 
-    It depends on the CPU, and is several times as large in rows padded on the left, which attend to masked keys.
+    It depends on the CPU. Padding on the left attends only to masked keys, where the error is several times as large.
     """
     error = (dense(**batch).logits - copy.deepcopy(dense).double()(**batch).logits).abs().amax(-1, keepdim=True)
     padded = (batch["attention_mask"] == 0).unsqueeze(-1)
