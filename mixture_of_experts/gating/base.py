@@ -292,8 +292,8 @@ class TokenChoiceGate(Gate):
     #: `counted` `(..., n)` bool replaces the mask of a dropless gate. Tokens where it is False are padding: their
     #: choices are computed, without gradients for the router, but are excluded from all losses, statistics and counts.
     #: `given_weights` `(..., n, k)` replaces the weights of choices; NaN keeps a weight, and gradients flow to the
-    #: gate's own weights. `segment_ids` `(..., n)` contains integers for packed rows: tokens in a row with equal ids
-    #: form a document, which becomes a group
+    #: gate's own weights. `segment_ids` `(..., n)` are the document ids of packed rows: tokens in the same row with
+    #: equal ids form a document, which becomes a group
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     #: implementations, keyed by name, fastest first. Each has two functions: `unsupported_reason(gate, tokens)` returns

@@ -28,8 +28,8 @@ class SparseMixerGating(TokenChoiceGate):
     Each token chooses experts one at a time. The candidates are the best remaining expert and all experts that are
     nearly as good. During training, an expert is sampled from the softmax over the candidates' logits. During
     evaluation, the best expert is chosen. The weight is the expert's probability in this softmax. If a sampled expert
-    is not the best one, its weight is scaled to one third with a probability of 0.75, while its gradient remains
-    unchanged. This is Heun's third-order estimate of the gradient of the expectation.
+    is not the best one, its weight is divided by 3 with a probability of 0.75, while its gradient remains unchanged.
+    This is Heun's third-order estimate of the gradient of the expectation.
 
     Args:
         dim: model dimension, d.

@@ -198,7 +198,7 @@ class MoEFeedForward(Replaced):
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"the attention mask has shape {tuple(mask.shape)}, but the feed-forward network received tokens of "
-                f"shape {tuple(x.shape[:-1])}; call the network once, with all tokens of the forward pass"
+                f"shape {tuple(x.shape[:-1])}; call the network once per forward pass, with all tokens"
             )
         return {COUNTED if dropless and COUNTED in get_side_inputs(self.moe.gate) else "mask": mask}
 

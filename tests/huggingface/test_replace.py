@@ -88,7 +88,7 @@ def test_layers(layers, expected):
 
 @pytest.mark.parametrize("layers", [[2], ["model.layers.7.mlp", 0], [], lambda name: False])
 def test_unknown_layers_raise(layers):
-    assert_rejected(replace_ffn, dict(layers=layers), r"layers selects .*, but the networks are model.layers.0.mlp")
+    assert_rejected(replace_ffn, dict(layers=layers), r"select from the networks model.layers.0.mlp.*, but it selected")
 
 
 ONE_GATE = TopKGating(DIM, 4, 2)

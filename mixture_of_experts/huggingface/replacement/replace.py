@@ -299,7 +299,10 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
     chosen = [name for name in names if name in entries or parse_block_number(name) in entries]
     unmatched = [entry for entry in entries if entry not in {*chosen, *map(parse_block_number, chosen)}]
     if unmatched or not chosen:
-        raise ValueError(f"layers selects {unmatched or 'no network'}, but the networks are {', '.join(names)}")
+        raise ValueError(
+            f"expected `layers` to select from the networks {', '.join(names)}, but it selected "
+            f"{unmatched or 'none of them'}"
+        )
     return chosen
 
 
