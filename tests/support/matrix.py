@@ -108,6 +108,8 @@ def run_all_seeds(kind: str, configurations: int, path: Path, number: int = 0) -
             total += line["configurations"]
             print(f"{kind}, seed {number}: {total} configurations, {line.get('mismatch', 0)} mismatches", flush=True)
         number += 1
+    if lines:
+        print(f"{kind}: {sum(line['configurations'] for line in lines)} configurations were in {path} before")
 
 
 def print_summary(paths: list[Path]) -> None:
