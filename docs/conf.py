@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 from torch import nn
 
 from mixture_of_experts import __version__
-from mixture_of_experts.gating.topk import NO_EPSILON
+from mixture_of_experts.gating.steps import NO_EPSILON
 from mixture_of_experts.moe import MoEBase
 
 project, author, version, release = "mixture_of_experts", "the mixture_of_experts authors", __version__, __version__

@@ -85,7 +85,7 @@ def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
     """Raise an error if there are arguments that would be ignored because the caller also passed `part`."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{written} would be ignored because {part} is also passed; set it on {part} instead")
+        raise ValueError(f"{written} cannot be combined with {part}; configure {part} itself instead")
 
 
 K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # names of `k` in other libraries
@@ -121,9 +121,7 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
         )
 
 
-def check_gate(
-    name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
-) -> None:
+def check_gate(name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...], is_level: bool) -> None:
     """Check that a gate is callable and matches the layer's dimensions. The gates of a two-level layer must use token
     choice."""
     if not isinstance(gate, nn.Module):

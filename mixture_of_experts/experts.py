@@ -85,9 +85,8 @@ class RoutedExperts(nn.Module):
     """
 
     reads_assignments: ClassVar[bool] = True
-    allocates_outputs: ClassVar[bool] = (
-        True  #: whether outputs never share memory with the tokens; True for this package's classes
-    )
+    #: whether outputs never share memory with the tokens; True for this package's classes
+    allocates_outputs: ClassVar[bool] = True
     _version: int = 2  # torch stores this version in state dicts; it was 1 in mixture-of-experts 0.2.3
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -134,9 +133,8 @@ class RoutedExperts(nn.Module):
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
     """Apply experts with either interface to the tokens `(t, d)` of a call, and return the outputs `(t, o)`."""
-    unwrapped: Any = (
-        experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
-    )  # some adapters hide the experts' attributes
+    # some adapters hide the experts' attributes
+    unwrapped: Any = experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     dim_out = getattr(unwrapped, "dim_out", None)
     if not reads_assignments(experts):
         reject_batch_invariance(f"{type(experts).__name__} reads slots")
@@ -280,15 +278,14 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         self.dropout = dropout
         if takes_gate_and_up(self.act) and not self.gated:
             raise ValueError(f"activation {activation!r} takes (gate, up) as arguments, so it requires GatedExperts")
-        weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
+        shapes: dict[str, Any] = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
-        for name, size in (weights | biases).items():
+        shapes |= biases if check_flag("bias", bias) else dict.fromkeys(biases)
+        for name, shape in shapes.items():
             if self.gated or not name.endswith("3"):
-                there = check_flag("bias", bias) or name in weights
                 # writing zeros allocates memory pages with all threads, while drawing the weights uses one thread
-                shape = *self.expert_dims, *size
-                stack = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if there else None
-                self.register_parameter(name, stack)
+                zeros = None if shape is None else torch.zeros(*self.expert_dims, *shape, device=device, dtype=dtype)
+                self.register_parameter(name, None if zeros is None else nn.Parameter(zeros))
         self.reset_parameters()
 
     def forward(

@@ -41,7 +41,7 @@ from mixture_of_experts.gating.levels import (
     check_slots_have_tokens,
     dispatch_to_inner_gate,
     join_levels,
-    side_inputs_of_levels,
+    split_side_inputs_by_level,
 )
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
@@ -111,13 +111,17 @@ class MoEBase(CheckedModule):
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
         """Return the weighted sum of all levels' losses as a 0-dimensional tensor. Losses without a coefficient are
-        ignored."""
+        ignored.
+
+        Raises:
+            ValueError: if no gate reports a loss that has a coefficient.
+        """
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
         for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
             if coef:
                 found = [routing.losses[name] for routing in levels if name in routing.losses]
                 if not found:
-                    reported = sorted({name for routing in levels for name in routing.losses})
+                    reported = sorted({key for routing in levels for key in routing.losses})
                     raise ValueError(
                         f"loss_coefs contains {name!r}, but this layer's gates report only {reported}. Token-choice "
                         f"gates can also compute {list(BALANCE_LOSSES)}; to compute {' and '.join(OF_EXPERT_GROUPS)}, "
@@ -126,13 +130,13 @@ class MoEBase(CheckedModule):
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
-    def requested_losses(self, gate: nn.Module) -> dict[str, Any]:
+    def loss_arguments(self, gate: nn.Module) -> dict[str, Any]:
         """Return the keyword argument that requests optional losses from the gate, or an empty dict if no optional
         losses are needed."""
         if not self.loss_coefs:
             return {}
-        offers = get_optional_losses(gate)
-        names = tuple(name for name, coef in self.loss_coefs.items() if coef and name in offers)
+        supported = get_optional_losses(gate)
+        names = tuple(name for name, coef in self.loss_coefs.items() if coef and name in supported)
         return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
@@ -240,6 +244,7 @@ class MoE(MoEBase):
     ) -> None:
         check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
+        # the arguments of this constructor that configure the default gate
         settings = {name: value for name, value in locals().items() if name in TOP2_SETTINGS}
         experts = as_experts(experts)
         self.num_experts = resolve_num_experts(num_experts, gate, experts)
@@ -260,7 +265,7 @@ class MoE(MoEBase):
             check_packed_call(side, self.group_size, [self.gate], self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, get_side_inputs(self.gate), mask, inputs.shape[:-1], groups) if side else {}
-        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.loss_arguments(self.gate), **read))
         out = run_experts(self.experts, groups.flatten(0, 1), join_groups(routing))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
         return (*results, ungroup_state(routing.state, x)) if STATE in side else results
@@ -335,6 +340,7 @@ class HeirarchicalMoE(MoEBase):
     ) -> None:
         check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
+        # the arguments of this constructor that configure the default gate
         settings = {name: value for name, value in locals().items() if name in TOP2_SETTINGS}
         experts = as_experts(experts)
         outer, inner = self.num_experts = resolve_expert_grid(num_experts, gate_outer, gate_inner, experts)
@@ -369,23 +375,26 @@ class HeirarchicalMoE(MoEBase):
         if side:
             check_packed_call(side, self.group_size, [self.gate_outer, self.gate_inner], self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        outer_arguments, inner_side = {}, {}
+        outer_side, inner_side = {}, {}
         if side:
-            reads = side_inputs_of_levels(get_side_inputs(self.gate_outer), get_side_inputs(self.gate_inner))
-            read = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
-            outer_arguments, inner_side = ({name: read[name] for name in read if name in its} for its in reads)
-        outer_arguments |= self.requested_losses(self.gate_outer)
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_arguments))
+            outer_names, inner_names = split_side_inputs_by_level(
+                *map(get_side_inputs, (self.gate_outer, self.gate_inner))
+            )
+            grouped = group_side_inputs(side, outer_names | inner_names, mask, inputs.shape[:-1], groups)
+            outer_side = {name: value for name, value in grouped.items() if name in outer_names}
+            inner_side = {name: value for name, value in grouped.items() if name in inner_names}
+        outer_losses = self.loss_arguments(self.gate_outer)
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_side, **outer_losses))
         outer_permutation = permute_to_slots(join_groups(outer, in_slots=True))
         level_two = dispatch_to_inner_gate(groups, outer, outer_permutation, self.group_size, inner_side)
-        inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
+        inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.loss_arguments(self.gate_inner)))
         check_slots_have_tokens(self.gate_inner, inner, outer_permutation)
         out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_permutation, inner))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
         return (*results, ungroup_state(outer.state, x)) if STATE in side else results
 
 
-HierarchicalMoE = HeirarchicalMoE
+HierarchicalMoE = HeirarchicalMoE  # 0.2.3 published the class under the misspelled name
 
 
 class OutputOnly(nn.Module):

@@ -74,14 +74,18 @@ class Summary(NamedTuple):
     def flops(self) -> int:
         return self.model.flops
 
+    @property
+    def at_most(self) -> bool:
+        return self.model.at_most
+
     def __str__(self) -> str:
-        rows = [("", "parameters", "active", "FLOPs a token")]
-        for name, cost in (*self.layers.items(), ("in all", self.model)):
+        rows = [("", "parameters", "active", "FLOPs per token")]
+        for name, cost in (*self.layers.items(), ("total", self.model)):
             most = "at most " if cost.at_most else ""
             numbers = f"{cost.parameters:,}", f"{most}{cost.active:,}", f"{most}{cost.flops:,}"
-            rows.append((name or "(itself)", *numbers))
-        first = max(len(row[0]) for row in rows)
-        return "\n".join(f"{name:{first}}{every:>20}{active:>28}{flops:>28}" for name, every, active, flops in rows)
+            rows.append((name or "(model)", *numbers))
+        width = max(len(row[0]) for row in rows)
+        return "\n".join(f"{name:{width}}{total:>20}{active:>28}{flops:>28}" for name, total, active, flops in rows)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -109,19 +113,19 @@ def summary(model: nn.Module) -> Summary:
         (2080, 544, 1088)
     """
     used = ActiveModules({}, set(), set())
-    paths: dict[nn.Module, str] = {}  # of layers
-    for site in find_all_routers(model):
-        for location in site.locations:
+    paths: dict[nn.Module, str] = {}  # keyed by layer
+    for router in find_all_routers(model):
+        for location in router.locations:
             if location.layer is None:
                 continue
             layer = unwrap_module(location.layer)
             paths.setdefault(layer, location.name.rpartition(".")[0])
-            used.active_shares.setdefault(layer, {}).update(compute_active_shares(site, layer))
-            if getattr(site.gate, "expected_choices", 0) is None:
+            used.active_shares.setdefault(layer, {}).update(compute_active_shares(router, layer))
+            if getattr(router.gate, "expected_choices", 0) is None:
                 used.variable_k_layers.add(layer)
-            if site.external is not None:
+            if router.external is not None:
                 used.external_modules.update(
-                    site.gate.modules(), layer.get_submodule(site.external.experts_path).modules()
+                    router.gate.modules(), layer.get_submodule(router.external.experts_path).modules()
                 )
     reject_unknown_blocks(model, used.active_shares)
     return Summary(compute_cost(model, used), {path: compute_cost(layer, used) for layer, path in paths.items()})
@@ -139,29 +143,29 @@ def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
             )
 
 
-def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, float]:
+def compute_active_shares(router: RouterHandle, layer: Any) -> dict[nn.Module, float]:
     """Return the fraction (0 to 1) of a layer's experts and level-two gates that a token uses."""
-    number, e = choices_per_token(site), site.num_experts
-    if site.level_one is None:
-        experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
+    number, e = choices_per_token(router), router.num_experts
+    if router.level_one is None:
+        experts = layer.experts if router.external is None else layer.get_submodule(router.external.experts_path)
         return {experts: number / e}
-    outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
+    outer, eo = choices_per_token(router.level_one), router.level_one.num_experts
     # at level one, the first choice leads to all choices at level two, and each other choice leads to one
     served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)
     return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
 
 
-def choices_per_token(site: RouterHandle) -> float:
+def choices_per_token(router: RouterHandle) -> float:
     """Return the mean number of experts that a gate chooses per token if the gate provides it, or the maximum number
     otherwise."""
-    expected = getattr(site.gate, "expected_choices", None)
-    number = site.k if expected is None else expected
+    expected = getattr(router.gate, "expected_choices", None)
+    number = router.k if expected is None else expected
     if number is None:
         raise ValueError(
-            f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            "a token chooses; add a `k` attribute to the gate"
+            f"the {router.class_name} of {router.name.rpartition('.')[0] or 'the layer'} does not specify how many "
+            "experts a token chooses; add a `k` attribute to the gate"
         )
-    return min(number, site.num_experts)
+    return min(number, router.num_experts)
 
 
 def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:

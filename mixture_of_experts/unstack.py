@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.ops.activations import compute_hidden
 from mixture_of_experts.support.checks import ModelT, check_model
-from mixture_of_experts.support.private_torch import move_hooks, replacement_problem
+from mixture_of_experts.support.private_torch import (
+    get_wrapped_module,
+    is_checkpoint_wrapper,
+    move_hooks,
+    replacement_problem,
+)
 
 
 class FeedForward(nn.Module):
@@ -55,13 +60,14 @@ class UnstackedExperts(ExpertList):
 
     Args:
         experts: one module per expert, in outer-major order for a grid of experts.
-        empty: the stacked experts without their weights, used by `restack`.
+        template: the stacked experts without their weights, used by `restack`.
     """
 
-    def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
-        super().__init__(experts, dim_out=empty.dim_out)
-        self.hidden_dim: int = empty.hidden_dim
-        self.__dict__["empty"] = empty  # not registered as a submodule, because it has nothing to save, train or move
+    def __init__(self, experts: list[FeedForward], template: StackedExperts) -> None:
+        super().__init__(experts, dim_out=template.dim_out)
+        self.hidden_dim: int = template.hidden_dim
+        # not registered as a submodule, because it has nothing to save, train or move
+        self.__dict__["template"] = template
 
 
 def unstack(model: ModelT) -> ModelT:
@@ -124,8 +130,7 @@ def replace_modules(
     """
     found = {}
     for name, module in check_model("model", model).named_modules():
-        parts = module._modules
-        held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), module_class)
+        held = isinstance(get_wrapped_module(module), module_class) and not is_checkpoint_wrapper(module)
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
                 f"the experts in {name} cannot be replaced because the {type(module).__name__} depends on them. Merge "
@@ -200,19 +205,21 @@ def unstack_experts(stacked: StackedExperts, name: str = "") -> UnstackedExperts
             linear.bias = parameter(bias, i)
         return linear
 
-    empty = copy.copy(stacked)
-    empty.__dict__["_parameters"] = dict.fromkeys(stacked._parameters)
-    numbers, act = range(math.prod(stacked.expert_dims)), (stacked.act, stacked.dropout)
-    experts = [FeedForward(layer("1", i), layer("2", i), layer("3", i), *act) for i in numbers]
-    return UnstackedExperts(experts, empty).train(stacked.training)
+    template = copy.copy(stacked)
+    template.__dict__["_parameters"] = dict.fromkeys(stacked._parameters)
+    experts = [
+        FeedForward(layer("1", i), layer("2", i), layer("3", i), stacked.act, stacked.dropout)
+        for i in range(math.prod(stacked.expert_dims))
+    ]
+    return UnstackedExperts(experts, template).train(stacked.training)
 
 
 @torch.no_grad()
 def restack_experts(unstacked: UnstackedExperts, name: str) -> StackedExperts:
-    empty: StackedExperts = unstacked.__dict__["empty"]
-    stacked = copy.copy(empty)
-    stacked.__dict__["_parameters"] = dict(empty._parameters)
-    for key in empty._parameters:
+    template: StackedExperts = unstacked.__dict__["template"]
+    stacked = copy.copy(template)
+    stacked.__dict__["_parameters"] = dict(template._parameters)
+    for key in template._parameters:
         layers: list[Any] = [getattr(expert, f"w{key[1]}") for expert in unstacked]
         for i, layer in enumerate(layers):
             if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:

@@ -16,9 +16,9 @@ from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, reads_assignments, run_experts
 from mixture_of_experts.support.batch_invariance import (
     call_module_batch_invariant,
+    find_variant_reason,
     not_tokenwise_reason,
     reject_batch_invariance,
-    variant_reason,
 )
 from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import get_wrapped_module, unwrap_module
@@ -116,12 +116,12 @@ class LatentExperts(ExpertsWrapper):
     ) -> None:
         super().__init__(experts)
         self.before, self.after, self.beside = before, after, beside
-        told = self.dim_out if after is None else getattr(after, "out_features", None)
-        self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
+        default = self.dim_out if after is None else getattr(after, "out_features", None)
+        self.dim_out = default if dim_out is None else check_size("dim_out", dim_out)
 
     def variant_reason(self) -> str | None:
         parts = [part for part in (self.before, self.beside, self.after) if part is not None]
-        reasons = (variant_reason(self.experts), *map(not_tokenwise_reason, parts))
+        reasons = (find_variant_reason(self.experts), *map(not_tokenwise_reason, parts))
         return next((reason for reason in reasons if reason is not None), None)
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
@@ -197,7 +197,7 @@ class ZeroComputationExperts(ExpertsWrapper):
             )
 
     def variant_reason(self) -> str | None:
-        return variant_reason(self.experts)
+        return find_variant_reason(self.experts)
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
         e, stop = self.num_inner_experts, self.num_inner_experts + self.num_identity
@@ -301,7 +301,7 @@ class NormedExperts(ExpertsWrapper):
 class Scale(nn.Module):
     """Multiplies inputs by a constant factor."""
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     factor: float
 
     def __init__(self, factor: float) -> None:
@@ -318,7 +318,7 @@ class Scale(nn.Module):
 class Shift(nn.Module):
     """Adds a learned vector `bias (d,)`."""
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     bias: nn.Parameter
 
     def __init__(self, dim: int) -> None:
@@ -342,7 +342,7 @@ class GatedSharedExpert(nn.Module):
         gate: a module that maps `(..., d)` to `(..., 1)`.
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     module: nn.Module
     gate: nn.Module
 

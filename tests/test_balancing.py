@@ -235,7 +235,7 @@ def test_it_lasts_beyond_a_block():
 
 
 def test_accumulated_counts_warn(monkeypatch):
-    monkeypatch.setattr(StepsWithoutUpdate, "SO_MANY", 5)
+    monkeypatch.setattr(StepsWithoutUpdate, "MAX_FORWARDS", 5)
     gate = TopKGating(DIM, EXPERTS, expert_bias=True)
 
     def train(forwards: int) -> None:

@@ -228,8 +228,8 @@ class Renamed(TopKGating):
 
 
 class Rescored(TopKGating):
-    def logits_of(self, x, weight, bias):
-        return super().logits_of(x - x.mean(dim=1, keepdim=True), weight, bias)
+    def compute_logits(self, x, weight, bias):
+        return super().compute_logits(x - x.mean(dim=1, keepdim=True), weight, bias)
 
 
 class MyExperts(GatedExperts):
@@ -260,13 +260,13 @@ UNSUPPORTED = {
     "score is <.*unknown function": gated_by(score=lambda logits: logits.sigmoid()),
     "normalize is <.*unknown function": gated_by(normalize=lambda weight: weight / weight.max()),
     "jitter=0.1 draws": gated_by(jitter=0.1),
-    "Rescored overrides 'logits_of'": gated_by(Rescored),
+    "Rescored overrides 'compute_logits'": gated_by(Rescored),
     "MyExperts overrides 'forward'": lambda: MoE(32, gate=TopKGating(32, 4), experts=MyExperts(32, 4)),
     "dropout=0.5 draws": lambda: MoE(32, gate=TopKGating(32, 4), experts=Experts(32, 4, dropout=0.5)),
     "activation Tanh is none of": lambda: MoE(32, gate=TopKGating(32, 4), experts=Experts(32, 4, activation=nn.Tanh)),
-    "layer's shared_expert .* Softmax is an unknown module": shared(nn.Softmax(dim=0)),
+    "layer's shared_expert .* Softmax is not known to process tokens": shared(nn.Softmax(dim=0)),
     "layer's shared_expert .* Dropout.*draws random numbers": shared(nn.Sequential(nn.Linear(32, 32), nn.Dropout())),
-    "layer's experts .* Bilinear is an unknown": lambda: MoE(
+    "layer's experts .* Bilinear is not known to process tokens": lambda: MoE(
         32, gate=TopKGating(32, 4), experts=LatentExperts(Experts(32, 4), before=nn.Bilinear(32, 32, 32))
     ),
 }
@@ -291,7 +291,10 @@ def test_a_subclass_that_changes_nothing_is_served():
 
 def test_a_part_that_is_called_alone_is_refused():
     experts = LatentExperts(Experts(32, 4), before=nn.Bilinear(32, 32, 32))
-    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*Bilinear is an unknown module"):
+    with (
+        ops.use("batch_invariant"),
+        pytest.raises(ValueError, match=r"batch_invariant.*Bilinear is not known to process tokens"),
+    ):
         experts(torch.randn(4, 2, 32))
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixture_of_experts import HeirarchicalMoE, MoE, Top2Gating, TopKGating
-from mixture_of_experts.dispatch.queues import Length, bounded_ratio, expert_capacity
+from mixture_of_experts.dispatch.capacity import Length, bounded_ratio, expert_capacity
 
 FACTORS = st.one_of(st.sampled_from([0.29, 0.7, 1.0, 1.1, 1.25, 2.0, 2.0**-20, 1e-9, 1e9]), st.floats(1e-3, 100))
 

@@ -28,9 +28,9 @@ class WholeForward(TopPGating):
         chosen = weight.cumsum(dim=-1) - weight < self.p
         if (allowed := self.allowed(tokens)) is not None:
             chosen = chosen & allowed
-        counted = True if tokens.counted is None else tokens.counted.unsqueeze(-1)
+        counted = True if tokens.loss_mask is None else tokens.loss_mask.unsqueeze(-1)
         balance = self.balance(expert, chosen & counted, (probs * counted).sum(dim=-2), tokens.length)
-        z = z_loss(logits, tokens.counted, self.process_group)
+        z = z_loss(logits, tokens.loss_mask, self.process_group)
         return self.route(tokens, Choices(expert, weight, probs, {"balance": balance, "z": z}, chosen=chosen))
 
 

@@ -16,7 +16,7 @@ from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE
 from mixture_of_experts.dispatch.assignments import join_groups
 from mixture_of_experts.dispatch.permutation import permute_to_slots
 from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, get_optional_losses
-from mixture_of_experts.gating.levels import dispatch_to_inner_gate, side_inputs_of_levels
+from mixture_of_experts.gating.levels import dispatch_to_inner_gate, split_side_inputs_by_level
 
 DIM = 6
 
@@ -129,8 +129,8 @@ def test_expert_choice_hands_on_nothing():
 
 def test_each_level_has_its_own_given_experts():
     given = ("router_input", "given_experts")
-    assert side_inputs_of_levels(given, given) == ({*given}, {"router_input", "given_experts_inner"})
-    assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
+    assert split_side_inputs_by_level(given, given) == ({*given}, {"router_input", "given_experts_inner"})
+    assert split_side_inputs_by_level(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
     outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
     for shape in ((2, 6, 3, 2), (2, 6, 2)):
         with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, gate_inner\.k\)"):

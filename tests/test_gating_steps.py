@@ -62,7 +62,7 @@ def test_normalization_by_epsilon_and_norm():
     by_norm = run_gate([0.0, L3], normalize=lambda w: w / w.norm(dim=-1, keepdim=True), **settings)
     assert by_norm == ([1, 0], approximately(3 / 4 / norm, 1 / 2 / norm))
 
-    sums = ((NormalizeBy(), 5 / 4), (NormalizeBy(least=2.0), 2.0), (NormalizeBy(2.0), norm), (NormalizeBy(0.5), None))
+    sums = ((NormalizeBy(), 5 / 4), (NormalizeBy(eps=2.0), 2.0), (NormalizeBy(2.0), norm), (NormalizeBy(0.5), None))
     for normalize, total in sums:
         total = total or (math.sqrt(1 / 2) + math.sqrt(3 / 4)) ** 2
         assert run_gate([0.0, L3], normalize=normalize, **settings) == (
@@ -274,7 +274,7 @@ def test_logits_of_a_module_without_weights_and_of_narrow_ones():
         (RouterLogits, dict(softcap=0.0), "^softcap must be .* above 0"),
         (RouterLogits, dict(multiplier=float("nan")), "^multiplier must be"),
         (NormalizeBy, dict(p=0.0), "^p must .* above 0"),
-        (NormalizeBy, dict(least=-1.0), "^least must .* least 0"),
+        (NormalizeBy, dict(eps=-1.0), "^eps must .* least 0"),
         (LearnedScale, dict(num_scales=0), "^num_scales must be"),
         (AlwaysChosen, dict(num=0), "^num must be"),
         (OpenGroups, dict(num_groups=0, top_groups=1), "^num_groups must be"),

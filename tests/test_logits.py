@@ -5,7 +5,7 @@ import torch
 
 import mixture_of_experts.gating.choices as choices_module
 import mixture_of_experts.gating.logits as logits_module
-from mixture_of_experts.dispatch.queues import stable_order
+from mixture_of_experts.dispatch.queues import stable_argsort
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.logits import router_logits
 
@@ -97,7 +97,7 @@ def test_gradients_under_autocast_stay_in_float32():
 def test_choices_by_one_sort_are_those_by_one_maximum_after_the_other(choices):
     """A GPU sorts for more than two choices, a CPU for many; with ties."""
     score = torch.randint(0, 4, (200, 7)).float()
-    assert torch.equal(stable_order(score, descending=True)[..., :choices], top_choices(score, choices))
+    assert torch.equal(stable_argsort(score, descending=True)[..., :choices], top_choices(score, choices))
 
 
 def test_many_choices_on_a_cpu_are_those_by_one_maximum_after_the_other():
@@ -113,7 +113,7 @@ def test_many_choices_on_a_cpu_are_those_by_one_maximum_after_the_other():
 def test_non_cpu_topk_uses_one_sort(choices, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        choices_module, "stable_order", lambda *args, **kw: calls.append(kw) or stable_order(*args, **kw)
+        choices_module, "stable_argsort", lambda *args, **kw: calls.append(kw) or stable_argsort(*args, **kw)
     )
     found = top_choices(torch.empty(2, 7, device="meta"), choices)
     assert calls == [{"descending": True}] * (choices > 2)

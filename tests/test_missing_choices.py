@@ -51,7 +51,7 @@ def test_a_token_makes_no_choice_of_minus_infinity(name, mode):
     routing = gate(x, losses=["balance_batch"])
     logits = x @ gate.w_gating
     score = logits.sigmoid() if "sigmoid" in name else logits.softmax(-1)
-    ranked = gate._ranked(logits, score)  # who is closed is the function's to say
+    ranked = gate._rank_experts(logits, score)  # who is closed is the function's to say
     left = (ranked != -torch.inf).sum(-1).clamp(max=k)
     assert left.min() < k
     chosen, kept = routing.sent.view(2, 20, k), routing.kept.view(2, 20, k)

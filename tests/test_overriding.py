@@ -76,7 +76,7 @@ def test_a_gate_that_is_alike_takes_the_same_way(kind):
     with torch.no_grad():
         for got, wanted in zip(*(layer(token) for layer in layers), strict=True):
             assert torch.equal(got, wanted)
-    assert topk_by_kernel.unknown_settings_reason(gate) is None
+    assert topk_by_kernel.unsupported_settings_reason(gate) is None
     assert is_unchanged(gate) == (kind in ("subclass", "FSDP2"))  # `Same` draws its weights otherwise
 
 
@@ -96,7 +96,9 @@ def test_a_gate_that_overrides_what_numbers_replace(name):
         found = ops.explain_call(MoE(D, E, gate=gate).eval(), token).gates[0]
         assert found.implementation == "operators"
         assert found.reasons["numbers"] == f"{type(gate).__name__} overrides {name}"
-        assert (topk_by_kernel.unknown_settings_reason(gate) is None) == (name not in topk_by_kernel.REPLACED_METHODS)
+        assert (topk_by_kernel.unsupported_settings_reason(gate) is None) == (
+            name not in topk_by_kernel.REPLACED_METHODS
+        )
         assert not is_unchanged(gate)
 
 
@@ -137,7 +139,7 @@ def test_whatever_the_kernel_of_two_choices_passes_over_is_listed(settings):
     tokens = gate.read(torch.randn(*gate.outer_expert_dims, 2, 9, D))
     names = called(gate, lambda: gate.decide(tokens)) - {"second", "process_group"}  # `choose` reads these too
     assert (
-        {"decide", "_scores"} <= names <= {*top2_by_kernel.REPLACED_METHODS, "apply_overrides", "given"}
+        {"decide", "_compute_scores"} <= names <= {*top2_by_kernel.REPLACED_METHODS, "apply_overrides", "given"}
     )  # never with `given`
 
 
@@ -215,7 +217,7 @@ def test_a_level_two_that_fills_empty_slots():
 
 def test_a_gate_is_pruned_if_its_methods_are_known():
     class Other(TopKGating):
-        def _ranked(self, logits, score):
+        def _rank_experts(self, logits, score):
             return score
 
     assert gate_pruning_unsupported_reason(ALIKE["subclass"]()) is None
@@ -245,11 +247,7 @@ def test_no_literal_names_a_module_of_the_package():
             if re.search(r"__module__", line) and re.search(r"startswith|partition|==|!=| in ", line):
                 found.setdefault(str(path.relative_to(root)), []).append(line.strip())
     of_others = {"private_peft.py", "private_transformers.py", "providers.py", "blocks/block_settings.py"}
-    assert found.keys() == {f"huggingface/{name}" for name in of_others} | {
-        "providers.py",
-        "support/batch_invariance.py",
-        "support/subclassing.py",
-    }
+    assert found.keys() == {f"huggingface/{name}" for name in of_others} | {"providers.py", "support/subclassing.py"}
     assert not [line for lines in found.values() for line in lines if "mixture_of_experts" in line]
 
 

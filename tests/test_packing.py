@@ -211,7 +211,7 @@ def fault_one_queue(monkeypatch):
 
 def fault_one_capacity(monkeypatch):
     monkeypatch.setattr(
-        "mixture_of_experts.dispatch.segments.Segments.of_assignments",
+        "mixture_of_experts.dispatch.segments.Segments.map_to_assignments",
         lambda self, values, k: torch.full_like(self.document, int(values.max())).repeat_interleave(k, dim=-1),
     )
 

@@ -127,8 +127,8 @@ def test_chunks(counts, threads, row_work, most_rows):
     inside = [expert for batch in batches for expert in range(len(counts))[batch.experts]]
     assert inside == [expert for expert, count in enumerate(counts) if count]
     for batch in batches:
-        assert batch.rows_per_expert == max(counts[batch.experts])
-        assert batch.num_experts == 1 or batch.num_experts * batch.rows_per_expert <= most_rows
+        assert batch.padded_rows == max(counts[batch.experts])
+        assert batch.num_experts == 1 or batch.num_experts * batch.padded_rows <= most_rows
     chunks = make_chunks(batches, most_rows)
     assert [batch for chunk in chunks for batch in chunk] == batches
     stops = [0, *(batch.stop for batch in batches)]

@@ -8,7 +8,8 @@ from support.strategies import PRIORITIES, make_generator
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.queues import MAX_TABLE_ENTRIES, Length, find_places_in_runs, queue_up, stable_order
+from mixture_of_experts.dispatch.capacity import Length
+from mixture_of_experts.dispatch.queues import MAX_TABLE_ENTRIES, find_positions_in_runs, queue_up, stable_argsort
 
 
 def queue_by_loop(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
@@ -90,9 +91,9 @@ def test_places_in_runs(onnx, monkeypatch):
         equal = queue.unsqueeze(-1) == queue.unsqueeze(-2)
         expected = equal.tril(diagonal=-1).sum(dim=-1)  # those before it
         # on a CPU TopK of torch puts equal values in no order, unlike that of ONNX
-        assert find_places_in_runs(queue).sort(dim=-1).values.equal(expected.sort(dim=-1).values)
-        assert onnx or find_places_in_runs(queue).equal(expected)
-    assert find_places_in_runs(queue[:, :0]).shape == (3, 0)
+        assert find_positions_in_runs(queue).sort(dim=-1).values.equal(expected.sort(dim=-1).values)
+        assert onnx or find_positions_in_runs(queue).equal(expected)
+    assert find_positions_in_runs(queue[:, :0]).shape == (3, 0)
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -101,12 +102,12 @@ def test_stable_order(descending, onnx, monkeypatch):
     monkeypatch.setattr(queues, "is_exporting_to_onnx", lambda: onnx)
     values = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     expected = [[0, 2, 1], [2, 1, 0]] if descending else [[1, 2, 0], [0, 1, 2]]
-    assert stable_order(values, descending).tolist() == expected
+    assert stable_argsort(values, descending).tolist() == expected
     if not descending:
-        assert stable_order(values).tolist() == expected
+        assert stable_argsort(values).tolist() == expected
     if not onnx:
         equal = (torch.arange(1000) // 100).flip(0) % 2
-        assert stable_order(equal, descending)[:3].tolist() == ([0, 1, 2] if descending else [100, 101, 102])
+        assert stable_argsort(equal, descending)[:3].tolist() == ([0, 1, 2] if descending else [100, 101, 102])
 
 
 def test_length_in_parts():

@@ -209,7 +209,7 @@ def test_gate_without_declared_inputs():
 
 def test_the_table():
     text = str(summary(nn.Sequential(MoE(D, E, hidden_dim=H), nn.Linear(D, D))))
-    assert [line.split()[0] for line in text.splitlines()] == ["parameters", "0", "in"]
+    assert [line.split()[0] for line in text.splitlines()] == ["parameters", "0", "total"]
     assert "at most" in text
     assert f"{D * D + D + ROUTER + E * PLAIN:,}" in text
 

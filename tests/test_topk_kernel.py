@@ -15,7 +15,7 @@ from support.checks_in_this_process import run_here
 from torch import Tensor, nn
 
 from mixture_of_experts import HashGating, TopKGating, ops
-from mixture_of_experts.gating import RouterLogits, topk_by_kernel
+from mixture_of_experts.gating import RouterLogits, kernel_checks, topk_by_kernel
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.kernels import check_process
 from mixture_of_experts.kernels.launching import can_launch_kernels
@@ -60,7 +60,7 @@ class Kernel:
 def fake_kernel(monkeypatch) -> Iterator[Kernel]:
     kernel = Kernel()
     monkeypatch.setitem(sys.modules, "mixture_of_experts.kernels.top_k", SimpleNamespace(choose_top_k=kernel))
-    monkeypatch.setattr(topk_by_kernel, "can_launch_kernels", lambda device: kernel.there)
+    monkeypatch.setattr(kernel_checks, "can_launch_kernels", lambda device: kernel.there)
     monkeypatch.setattr(topk_by_kernel.SELF_CHECK, "verdicts", {})
     monkeypatch.setattr(check_process, "run_in_process", run_here)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def make_gate(num_experts: int = E, dim: int = DIM, kind: type[TopKGating] = Top
 def test_supported_calls(settings, fake_kernel):
     """Groups of up to eight tokens. The kernel is checked once, and its results equal those of operators."""
     gate = make_gate(**settings)
-    for number, (b, n) in enumerate([(3, 1), (1, 3), (2, topk_by_kernel.LONGEST)]):
+    for number, (b, n) in enumerate([(3, 1), (1, 3), (2, topk_by_kernel.MAX_TOKENS)]):
         x, random = torch.randn(b, n, DIM), torch.get_rng_state()
         found = gate(x)
         assert fake_kernel.calls == number + 2
@@ -136,7 +136,7 @@ def test_unsupported_calls(fake_kernel):
     gate(x, importance=torch.ones(2, 2))
     gate(x, length=torch.tensor([2, 1]))
     gate(x, given_experts=torch.arange(2).expand(2, 2, 2))
-    gate(torch.randn(1, topk_by_kernel.LONGEST + 1, DIM))
+    gate(torch.randn(1, topk_by_kernel.MAX_TOKENS + 1, DIM))
     gate(x[:0])
     gate(x[:, :0])
     gate(x.double())

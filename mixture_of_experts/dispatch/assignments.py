@@ -118,7 +118,7 @@ class Assignments:
             return expert, queues.position, queues.length
         length = count_queue_rows(self.routing)
         if self.slot_of_outer_choice is None:
-            return find_queue(self.routing), self.routing.position.flatten(), length
+            return flatten_queue_index(self.routing), self.routing.position.flatten(), length
         slot = self.find_slots()
         queue = (slot // self.slots_per_queue).clamp(0, length.shape[0] - 1)
         return queue, add_scaled(slot, queue, -self.slots_per_queue), length
@@ -129,7 +129,7 @@ class Assignments:
         if self.routing is None:
             queue, position, _ = self.locate()
         else:
-            queue, position = find_queue(self.routing), self.routing.position.flatten()
+            queue, position = flatten_queue_index(self.routing), self.routing.position.flatten()
         slot = add_scaled(position, queue, self.slots_per_queue)
         if self.routing is None or self.slot_of_outer_choice is None:
             return slot
@@ -198,7 +198,7 @@ def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) 
     return append(values.reshape(-1, k or 1), 0)[slot_of_outer_choice].flatten()
 
 
-def find_queue(routing: Routing) -> Tensor:
+def flatten_queue_index(routing: Routing) -> Tensor:
     """Return each assignment's queue, `(router e + expert) b + group`, as an int64 tensor `(a,)`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device

@@ -1,5 +1,5 @@
-"""Computes the expert capacity and the order in which tokens queue for slots. Without a capacity limit, a queue
-contains all rows of an expert, so queues are also used to sort rows by expert.
+"""Computes the order in which tokens queue for slots. Without a capacity limit, a queue contains all rows of an expert,
+so queues are also used to sort rows by expert.
 
 Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), k (choices per token), a (choices
 per group, n * k).
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Literal
 
@@ -24,73 +23,13 @@ from mixture_of_experts.support.private_torch import (
     is_wrapper_subclass,
     statically_known_true,
 )
-from mixture_of_experts.support.tracing import is_exporting_to_onnx, symbolic_max
+from mixture_of_experts.support.tracing import is_exporting_to_onnx
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
-MAX_DENOMINATOR = 1 << 20  # maximum denominator of a capacity factor
 QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
 MAX_KERNEL_EXPERTS = 1024  # the kernels store one table row per expert
 MAX_TABLE_ENTRIES = 4096  # for smaller tables, the implementation with the fewest operators is fastest
-
-
-def bounded_ratio(factor: float) -> tuple[int, int]:
-    """Convert a capacity factor to a ratio of two integers with a denominator of at most 2^20. The ratio is exact for
-    common factors."""
-    ratio = Fraction(factor).limit_denominator(MAX_DENOMINATOR) or Fraction(1, MAX_DENOMINATOR)
-    return ratio.numerator, ratio.denominator
-
-
-def expert_capacity(
-    num_tokens: int, length: Length | int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1
-) -> tuple[int, Tensor | None]:
-    """Compute the number of slots per expert for a group of n tokens, `max(min(n, int(k n factor / e)), minimum)`. If n
-    is 0, the result is 0.
-
-    Args:
-        num_tokens: number of tokens per group, n.
-        length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
-        factor: the capacity factor, as returned by `bounded_ratio`.
-        num_experts, minimum: number of experts, e, and minimum number of slots.
-        k: number of choices per token.
-
-    Returns:
-        The number of slots for n tokens, and the number of slots for each group's real tokens, int64 `(..., b)`, or
-        None if every group has n tokens.
-    """
-    slots, tokens = k * factor[0], num_experts * factor[1]
-    if slots >= tokens:  # use at most 1 slot per token, so that products cannot overflow int64
-        slots = tokens = 1
-    # without tokens, there must be no slots, because a second level would count slots as tokens
-    empty = statically_known_true(num_tokens == 0)
-    capacity = 0 if empty else symbolic_max(num_tokens * slots // tokens, minimum)
-    if not isinstance(length, Length):
-        return capacity, None
-    wanted = length.parts * slots // (tokens * length.parts_per_token)
-    return capacity, torch.where(length.parts > 0, wanted.clamp(min=minimum), 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Length:
-    """The number of real tokens in each group, stored as a ratio of integers because this number may be fractional at
-    level two.
-
-    Attributes:
-        parts: `(..., b)` int64, the number of tokens in each group, in units of `1 / parts_per_token`.
-        parts_per_token: the number of parts that make up a token.
-    """
-
-    parts: Tensor
-    parts_per_token: int = 1
-
-    def tokens(self, dtype: torch.dtype) -> Tensor:
-        """Return the number of tokens, `(..., b)`, in a floating-point dtype."""
-        parts = self.parts.to(dtype)
-        return parts if self.parts_per_token == 1 else parts / self.parts_per_token
-
-    def sum(self) -> Length:
-        """Return the total number of tokens in all groups for each outer expert (`...`)."""
-        return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +76,7 @@ def queue_up(
     order = order_of_priority(priority, score)
     # with a single token, every order is the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
-    if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
+    if can_launch_kernels(expert.device) and _kernels_support(expert, num_experts):
         return _by_kernels(expert, sent, order, num_experts, k, not in_order)
     return _by_operators(expert, sent, order, num_experts, k, in_order)
 
@@ -163,8 +102,12 @@ def find_positions_in_documents(
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
     queue = document.repeat_interleave(k, dim=-1) * (num_experts + 1) + queue
-    (position,) = _place_in_order(
-        lambda queue: (find_places_in_runs(queue),), queue, order_of_priority(priority, score), k, priority == "token"
+    (position,) = _find_positions_in_order(
+        lambda queue: (find_positions_in_runs(queue),),
+        queue,
+        order_of_priority(priority, score),
+        k,
+        priority == "token",
     )
     return position
 
@@ -174,10 +117,10 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
     if priority != "score":
         return None
     assert score is not None
-    return stable_order(score, descending=True)
+    return stable_argsort(score, descending=True)
 
 
-def find_places_in_runs(queue: Tensor) -> Tensor:
+def find_positions_in_runs(queue: Tensor) -> Tensor:
     """Return the position `(..., a)` of each assignment among the assignments with the same value in `queue`."""
     ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
@@ -200,10 +143,12 @@ def _by_operators(
     Assignments that are not sent are placed in an additional last queue.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
-    return Queues(*_place_in_order(partial(_places, num_experts=num_experts), queue, order, k, in_order))
+    return Queues(
+        *_find_positions_in_order(partial(_find_positions, num_experts=num_experts), queue, order, k, in_order)
+    )
 
 
-def _place_in_order(
+def _find_positions_in_order(
     places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
     """Call `places` on the assignments in order of priority. Return its results with the positions `(..., a)` in the
@@ -220,15 +165,15 @@ def _place_in_order(
     return rearrange(position, "... k n -> ... (n k)"), *rest
 
 
-def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _find_positions(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the position `(..., a)` of each assignment in its queue, and the lengths `(..., e)` of all queues except
     the last. `queue` contains indices from 0 to e."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
         # a table (..., a, e + 1) needs fewer operators than a sort, and ONNX supports all of them
         index = queue.unsqueeze(-1)
-        stands = index == torch.arange(num_experts + 1, device=queue.device)
-        place = stands.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
-        return place, stands[..., :num_experts].sum(dim=-2)
+        is_in_queue = index == torch.arange(num_experts + 1, device=queue.device)
+        place = is_in_queue.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
+        return place, is_in_queue[..., :num_experts].sum(dim=-2)
     # a stable sort is several times faster for int16 than for int64
     narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int64
     ids = torch.arange(num_experts + 1, device=queue.device, dtype=narrow)
@@ -241,7 +186,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return place - start.gather(-1, queue), start.diff(dim=-1)
 
 
-def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
+def _kernels_support(expert: Tensor, num_experts: int) -> bool:
     """Return whether the kernels support these assignments and pass the self-check on their device."""
     if expert.numel() == 0 or num_experts > MAX_KERNEL_EXPERTS or is_wrapper_subclass(expert):
         return False
@@ -269,7 +214,7 @@ def _find_queue_fault(device: torch.device) -> str | None:
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)
     some = torch.rand(expert.shape, generator=generator, device=device) < 0.7
-    shuffled = stable_order(torch.rand(2, n, generator=generator, device=device))
+    shuffled = stable_argsort(torch.rand(2, n, generator=generator, device=device))
     for sent, order, by_choice in ((None, None, False), (some, None, True), (some, shuffled, True)):
         found = _by_kernels(expert, sent, order, e, k, by_choice)
         wanted = _by_operators(expert, sent, order, e, k, not by_choice)
@@ -279,7 +224,7 @@ def _find_queue_fault(device: torch.device) -> str | None:
     return None
 
 
-def stable_order(values: Tensor, descending: bool = False) -> Tensor:
+def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
     """Return indices `(..., n)` that sort the last dimension. The sort is stable, so the order of equal values is
     preserved."""
     return stable_sort(values, descending)[1]

@@ -32,13 +32,13 @@ class Segments:
         """The number of documents that contain real tokens, as a 0-dim int64 tensor."""
         return (self.length > 0).sum()
 
-    def of_tokens(self, values: Tensor) -> Tensor:
+    def map_to_tokens(self, values: Tensor) -> Tensor:
         """Map per-document values `(b n, ...)` to tokens, and return a tensor of shape `(b, n, ...)`."""
         return values.index_select(0, self.document.flatten()).unflatten(0, self.document.shape)
 
-    def of_assignments(self, values: Tensor, k: int) -> Tensor:
+    def map_to_assignments(self, values: Tensor, k: int) -> Tensor:
         """Map per-document values `(b n,)` to assignments, and return a tensor of shape `(b, n k)`."""
-        return self.of_tokens(values).repeat_interleave(k, dim=-1)
+        return self.map_to_tokens(values).repeat_interleave(k, dim=-1)
 
     def count_experts(self, expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
         """Count how often the `counted` choices `(b, n, k)` in each document select each expert, and return an int64

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixture_of_experts.dispatch.queues import Length
+from mixture_of_experts.dispatch.capacity import Length
 from mixture_of_experts.dispatch.segments import Segments
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.losses import (
@@ -54,6 +54,7 @@ class BalanceInputs:
         k: number of choices per token, used to normalize f.
         num_groups, top_groups: the number of expert groups, and the number of groups from which each token may choose.
         process_group: process group across which the batch is split.
+        segments: the documents of packed rows, or None if rows are not packed.
     """
 
     expert: Tensor
@@ -80,20 +81,12 @@ def balance_loss_over(
     length: Length | int,
     segments: Segments | None,
     k: float,
-    group: dist.ProcessGroup | None,
+    process_group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Return the load-balancing loss over token groups or over the batch. See `BalanceInputs` for the arguments."""
     if segments is not None and over == "group":
-        return load_balancing_loss_over_documents(load, proxy, segments, k, group)
-    return BALANCE_OVER[over](load, proxy, length, k, group)
-
-
-def count_load(expert: Tensor, chosen: Tensor | None, num_experts: int, segments: Segments | None) -> Tensor:
-    """Count how often the choices `(..., b, n, k)` select each expert. The result has the shape `(..., b, e)`, or
-    `(b n, e)` with one row per document if rows are packed."""
-    if segments is None:
-        return count_expert_load(expert, chosen, num_experts)
-    return segments.count_experts(expert, chosen, num_experts)
+        return load_balancing_loss_over_documents(load, proxy, segments, k, process_group)
+    return BALANCE_OVER[over](load, proxy, length, k, process_group)
 
 
 def sum_counts(counts: Tensor, segments: Segments | None) -> Tensor:
@@ -123,7 +116,7 @@ def over_score(inputs: BalanceInputs) -> Tensor:
     e = inputs.probs.shape[-1]
     k = min(inputs.expert.shape[-1], e)  # with a single expert, the second choice of `Top2Gating` has weight 0
     chosen = None if inputs.chosen is None else inputs.chosen[..., :k]
-    return replace(inputs, load=count_load(top_choices(inputs.probs, k), chosen, e, inputs.segments)).loss()
+    return replace(inputs, load=count_expert_load(top_choices(inputs.probs, k), chosen, e, inputs.segments)).loss()
 
 
 def over_devices(inputs: BalanceInputs) -> Tensor:
@@ -131,7 +124,7 @@ def over_devices(inputs: BalanceInputs) -> Tensor:
 
     Each expert group represents a device. f is averaged over the experts in a group, and P is summed over them.
     """
-    load, proxy = (of_expert_groups(values, inputs.num_groups) for values in (inputs.load, inputs.proxy))
+    load, proxy = (sum_over_expert_groups(values, inputs.num_groups) for values in (inputs.load, inputs.proxy))
     return replace(inputs, load=load, proxy=proxy).loss()
 
 
@@ -147,11 +140,11 @@ def over_communication(inputs: BalanceInputs) -> Tensor:
     if inputs.chosen is not None:
         sent = sent & inputs.chosen.unsqueeze(-1)
     load = sum_counts(sent.any(dim=-2), inputs.segments)  # (..., b, n, k, g) to (..., b, g)
-    proxy = of_expert_groups(inputs.proxy, inputs.num_groups)
+    proxy = sum_over_expert_groups(inputs.proxy, inputs.num_groups)
     return replace(inputs, load=load, proxy=proxy, k=inputs.top_groups).loss()
 
 
-def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
+def sum_over_expert_groups(values: Tensor, num_groups: int) -> Tensor:
     """Sum per-expert values `(..., e)` within each expert group, and return a tensor of shape `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 

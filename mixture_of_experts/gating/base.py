@@ -14,15 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.dispatch.queues import (
-    PRIORITIES,
-    Length,
-    Priority,
-    Queues,
-    expert_capacity,
-    find_positions_in_documents,
-    queue_up,
-)
+from mixture_of_experts.dispatch.capacity import Length, expert_capacity
+from mixture_of_experts.dispatch.queues import PRIORITIES, Priority, Queues, find_positions_in_documents, queue_up
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments, check_segment_ids, find_segments
 from mixture_of_experts.gating.balance_losses import (
@@ -32,12 +25,11 @@ from mixture_of_experts.gating.balance_losses import (
     BalanceInputs,
     BalanceOver,
     balance_loss_over,
-    count_load,
     sum_probs,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, both, check_choices, check_experts_of_tokens
-from mixture_of_experts.gating.decoding import warn_of_decoding
+from mixture_of_experts.gating.decoding import warn_about_decoding
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import (
     COUNTED,
@@ -102,7 +94,7 @@ class Tokens:
         return self.x.shape[-2]
 
     @property
-    def counted(self) -> Tensor | None:
+    def loss_mask(self) -> Tensor | None:
         """A `(..., b, n)` bool mask of the tokens that contribute to losses because they make all k choices, or None if
         all tokens contribute."""
         return self.mask if self.makes_all_choices is None else self.makes_all_choices
@@ -400,7 +392,9 @@ class TokenChoiceGate(Gate):
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
-                given, self.num_experts, tokens.counted if tokens.makes_any_choice is None else tokens.makes_any_choice
+                given,
+                self.num_experts,
+                tokens.loss_mask if tokens.makes_any_choice is None else tokens.makes_any_choice,
             )
         return given
 
@@ -408,7 +402,7 @@ class TokenChoiceGate(Gate):
         """Return the choices of all tokens. Custom gates must implement this method.
 
         Choices that the mask or the importance does not allow are removed afterwards. Losses must cover only the tokens
-        in `tokens.counted`; the methods `balance_loss`, `z_loss` and `token_mean` ensure this. Return losses even if
+        in `tokens.loss_mask`; the methods `balance_loss`, `z_loss` and `token_mean` ensure this. Return losses even if
         the layer has no coefficient for them, because they are included in the statistics. The class attribute
         `side_inputs` must list the side inputs that the gate reads. Call `apply_overrides` to support externally
         specified choices.
@@ -432,7 +426,7 @@ class TokenChoiceGate(Gate):
                 none. All other tokens make only their top choice and are not counted in losses.
             mask: `(*outer, b, n)` bool, True for real tokens.
             length: number of tokens used to compute the capacity and means, as an integer tensor `(*outer, b)` with
-                values up to n or as a `queues.Length`. Default: the number of real tokens.
+                values up to n or as a `capacity.Length`. Default: the number of real tokens.
             losses: names of additional losses from `optional_losses` to report. Losses over expert groups are omitted
                 if the gate has no expert groups.
             side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` whose names are listed in `side_inputs`. For
@@ -442,7 +436,7 @@ class TokenChoiceGate(Gate):
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
-            warn_of_decoding(self)
+            warn_about_decoding(self)
         return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
@@ -487,19 +481,19 @@ class TokenChoiceGate(Gate):
         if not known:
             return {}
         chosen, probs = self.select_counted(tokens, choices.chosen, choices.probs)
-        load = count_load(choices.expert, chosen, self.num_experts, tokens.segments)
+        load = losses.count_expert_load(choices.expert, chosen, self.num_experts, tokens.segments)
         inputs = BalanceInputs(
-            choices.expert,
-            chosen,
-            probs,
-            load,
-            sum_probs(probs, tokens.segments),
-            tokens.length,
-            self.choices_at_balance,
-            groups,
-            top_groups,
-            self.process_group,
-            tokens.segments,
+            expert=choices.expert,
+            chosen=chosen,
+            probs=probs,
+            load=load,
+            proxy=sum_probs(probs, tokens.segments),
+            length=tokens.length,
+            k=self.choices_at_balance,
+            num_groups=groups,
+            top_groups=top_groups,
+            process_group=self.process_group,
+            segments=tokens.segments,
         )
         return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
@@ -539,9 +533,8 @@ class TokenChoiceGate(Gate):
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
-        return losses.load_balancing_loss_from_choices(
-            expert, counted, proxy, length, k, self.process_group
-        )  # this avoids creating a load tensor
+        # avoids creating a load tensor
+        return losses.load_balancing_loss_from_choices(expert, counted, proxy, length, k, self.process_group)
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -569,7 +562,7 @@ class TokenChoiceGate(Gate):
                     f"{type(self).__name__} overrides `balance`, which does not support packed documents. Override "
                     "`balance_loss` instead, or pass each document as a separate row with mask= instead of segment_ids="
                 )
-            load = count_load(expert, counted, self.num_experts, tokens.segments)
+            load = losses.count_expert_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
             return balance_loss_over(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
         alone = statically_known_true(tokens.num_tokens == 1)  # saves a kernel launch during decoding
@@ -578,19 +571,19 @@ class TokenChoiceGate(Gate):
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return a mask of the counted choices, and the probabilities, which are set to 0 for uncounted tokens. The
         mask is a bool tensor `(..., b, n, k)` or `(..., b, n, 1)`, or None if all choices are counted."""
-        if tokens.counted is None:
+        if tokens.loss_mask is None:
             return chosen, probs
-        counted = tokens.counted.unsqueeze(-1)
+        counted = tokens.loss_mask.unsqueeze(-1)
         return both(chosen, counted), torch.where(counted, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """Return the router z-loss of logits `(..., b, n, e)`, averaged over the counted tokens."""
-        return losses.z_loss(logits, tokens.counted, self.process_group)
+        return losses.z_loss(logits, tokens.loss_mask, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
         """Return the mean of `values` `(..., b, n)` over the counted tokens on all ranks. Use this method in custom
         losses."""
-        return losses.token_mean(values, tokens.counted, self.process_group)
+        return losses.token_mean(values, tokens.loss_mask, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
         """Convert choices to a `Routing`, and assign slots if the capacity is limited.
@@ -666,7 +659,7 @@ class TokenChoiceGate(Gate):
         if (segments := tokens.segments) is not None:
             limit = torch.full_like(segments.length, capacity) if limit is None else limit
             position = find_positions_in_documents(expert, sent, segments.document, *order)
-            return None, position < segments.of_assignments(limit, self.k)
+            return None, position < segments.map_to_assignments(limit, self.k)
         queues = queue_up(expert, sent, *order)
         if limit is None and statically_known_true(expert.shape[-1] <= capacity):
             return queues, None

@@ -197,12 +197,12 @@ RULES: Mapping[str, Callable[[], BiasRule]] = {
 }
 
 
-def check_rule(name: str, rule: Any) -> BiasRule:
+def resolve_rule(name: str, rule: Any) -> BiasRule:
     """Return `rule` if it is a `BiasRule`; otherwise, create the rule with this name."""
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]()
 
 
-def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:
+def compute_bias_step(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:
     """Compute the step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`. The step is 0 for the last
     `always` experts, which every token chooses."""
     competing = bias.shape[-1] - always
@@ -210,31 +210,19 @@ def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, a
     return functional.pad(step, (0, always)) if always else step
 
 
-def check_scores(
-    rule: BiasRule,
-    owner: str,
-    k: int,
-    num_experts: int,
-    select: Any,
-    num_groups: int | None,
-    why: str | None = None,
-) -> None:
-    """Raise ValueError if `rule` reads scores but the router's scores do not determine the expert load.
+def scores_insufficient_reason(k: int, num_experts: int, select: Any, num_groups: int | None) -> str | None:
+    """Return why a router's scores do not determine the expert load, or None if they do."""
+    if k >= num_experts:
+        return f"every token chooses all {num_experts} experts"
+    if num_groups is not None:
+        return f"experts are chosen in {num_groups} groups"
+    return None if isinstance(select, str) else "experts are chosen by a function of their scores"
 
-    `why` is an optional reason reported by the router itself.
-    """
-    if not rule.reads_scores:
-        return
-    if why is not None:
-        pass
-    elif k >= num_experts:
-        why = f"every token chooses all {num_experts} experts"
-    elif num_groups is not None:
-        why = f"experts are chosen in {num_groups} groups"
-    elif not isinstance(select, str):
-        why = "experts are chosen by a function of their scores"
-    if why is not None:
+
+def check_rule_supports_router(rule: BiasRule, owner: str, insufficient_reason: str | None) -> None:
+    """Raise ValueError if `rule` reads scores but there is a reason why the router's scores are insufficient."""
+    if rule.reads_scores and insufficient_reason is not None:
         raise ValueError(
-            f"{rule!r} does not support {owner}: {why}, so the scores do not determine an expert's load. Use "
-            "rule='sign'"
+            f"{rule!r} does not support {owner}: {insufficient_reason}, so the scores do not determine an expert's "
+            "load. Use rule='sign'"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixture_of_experts.dispatch.queues import bounded_ratio
+from mixture_of_experts.dispatch.capacity import bounded_ratio
 from mixture_of_experts.support.checks import check_number
 
 
@@ -12,9 +12,9 @@ class CapacityFactor:
     """A capacity factor: a finite positive number, or None (unless `dropless=False`) to disable token dropping.
 
     The factor is stored as a ratio of two integers, because `torch.compile` treats integer attributes of a module as
-    constants. `queues.bounded_ratio` computes the capacity from these integers. A float may become symbolic if
-    `dynamic=True` is set or if layers with different factors are compiled one after another. Sizes that depend on a
-    symbolic float cannot be passed to an autograd function.
+    constants. `bounded_ratio` computes these integers, and `expert_capacity` computes the capacity from them. A float
+    may become symbolic if `dynamic=True` is set or if layers with different factors are compiled one after another.
+    Sizes that depend on a symbolic float cannot be passed to an autograd function.
     """
 
     def __init__(self, dropless: bool = True) -> None:

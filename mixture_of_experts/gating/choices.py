@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.queues import stable_order
+from mixture_of_experts.dispatch.queues import stable_argsort
 from mixture_of_experts.support.checks import describe_shape
 from mixture_of_experts.support.private_torch import is_functorch_wrapped
 from mixture_of_experts.support.tracing import is_host_readable
@@ -76,14 +76,14 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_exp
             f"{gate} returned expert ids from {int(expert.min())} to {int(expert.max())}, but valid ids are 0 to "
             f"{num_experts - 1}. To omit a choice, return any valid id with chosen=False"
         )
-    if (twice := expert_twice(torch.where(computed, expert, -1))) is not None:
+    if (twice := find_repeated_expert(torch.where(computed, expert, -1))) is not None:
         raise ValueError(
             f"{gate} chose expert {twice} twice for a token, but a token's experts must be distinct. Assign the sum of "
             "both weights to the first choice, and 0 to the second"
         )
 
 
-def expert_twice(expert: Tensor) -> int | None:
+def find_repeated_expert(expert: Tensor) -> int | None:
     """Return an expert that occurs twice among a token's k choices, or None if there is no such expert. This function
     reads tensor values."""
     for distance in range(1, expert.shape[-1]):
@@ -119,7 +119,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):
-        return stable_order(score, descending=True)[..., :k].contiguous()
+        return stable_argsort(score, descending=True)[..., :k].contiguous()
     picked = [score.argmax(dim=-1, keepdim=True)]
     while len(picked) < k:
         score = score.scatter(-1, picked[-1], -torch.inf)

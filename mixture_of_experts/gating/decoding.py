@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def warn_of_decoding(gate: Any) -> None:
+def warn_about_decoding(gate: Any) -> None:
     """Warn if a token-choice gate with a limited capacity or random choices receives single-token groups in eval mode.
     Level-two gates do not warn, and no warning is emitted in traced graphs."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch import nn
 
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.logits import in_dtype
+from mixture_of_experts.gating.logits import call_in_dtype
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_flag, check_size, describe_shape
@@ -108,7 +108,7 @@ class DepthAveragedGating(TopKGating):
         """Choose experts based on the state, and return the choices and the state."""
         dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
         with disable_autocast(tokens.x.device):
-            state = in_dtype(self.down, tokens.x, dtype)
+            state = call_in_dtype(self.down, tokens.x, dtype)
             if self.state_scale is not None:
                 before = tokens.side[STATE]
                 if before.shape != state.shape:

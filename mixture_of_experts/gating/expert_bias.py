@@ -113,17 +113,18 @@ class StepsWithoutUpdate:
     """
 
     MAX_STEPS = 50  #: number of optimizer steps before the warning
-    SO_MANY = 1000  #: training forward passes before the warning; a step runs fewer, even with recomputed micro-batches
+    #: number of training forward passes before the warning; a step runs fewer, even with recomputed micro-batches
+    MAX_FORWARDS = 1000
     steps: int = 0  #: number of optimizer steps since the last update
     forwards: int = 0  #: number of training forward passes since the last update
     version: int | None = None  #: version of the weight in the last training forward pass
     warned: bool = False  #: whether the warning has been emitted since the last update
 
-    def bias_moved(self) -> None:
+    def reset(self) -> None:
         """Reset the counts after the bias is updated."""
         self.steps, self.forwards, self.warned = 0, 0, False
 
-    def training_forward(self, weight: Tensor | None) -> None:
+    def count_forward(self, weight: Tensor | None) -> None:
         """Count a training forward pass of the router that has this weight. Frozen routers are ignored, because they
         may keep their bias intentionally."""
         if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or is_in_transform():
@@ -132,7 +133,7 @@ class StepsWithoutUpdate:
         self.steps += self.version not in (None, weight._version)
         self.version = weight._version
         many_steps = self.steps >= self.MAX_STEPS
-        if not self.warned and (many_steps or self.forwards >= self.SO_MANY):
+        if not self.warned and (many_steps or self.forwards >= self.MAX_FORWARDS):
             count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forward passes"
             self.warned = True
             warnings.warn(

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.queues import Queues, expert_capacity, stable_order
+from mixture_of_experts.dispatch.capacity import expert_capacity
+from mixture_of_experts.dispatch.queues import Queues, stable_argsort
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.logits import router_logits
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu, without_whole
+from mixture_of_experts.gating.recomputing import copy_slice_on_gpu, gather_chosen, recomputed_on_gpu
 from mixture_of_experts.losses import token_mean
 
 
@@ -88,14 +89,14 @@ class ExpertChoiceGating(Gate):
             raise ValueError("expert-choice routing does not support `importance`; use a token-choice gate")
         tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
-        probs, log_total = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
+        probs, log_total = recomputed_on_gpu(self._compute_scores, tokens.x, self.w_gating)
         capacity, limit = expert_capacity(n, tokens.length, self._capacity_factor, e, minimum=1)
 
         score = probs.transpose(-2, -1)  # (b, e, n)
         ranked = score.detach()
         if mask is not None:
             ranked = torch.where(mask.unsqueeze(-2), ranked, -1.0)
-        token = without_whole(stable_order(ranked, descending=True)[..., :capacity])
+        token = copy_slice_on_gpu(stable_argsort(ranked, descending=True)[..., :capacity])
         slot = torch.arange(token.shape[-1], device=token.device).expand_as(token)
         expert = torch.arange(e, device=token.device).unsqueeze(-1).expand_as(token)
         chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]
@@ -118,7 +119,7 @@ class ExpertChoiceGating(Gate):
             losses={"z": token_mean(log_total.square(), tokens.mask, self.process_group)},
         )
 
-    def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities `(b, n, e)` and the logsumexp of the logits `(b, n)`."""
         logits = router_logits(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.assignments import Assignments, append, gather_choices
+from mixture_of_experts.dispatch.capacity import Length
 from mixture_of_experts.dispatch.groups import group_shape
 from mixture_of_experts.dispatch.permutation import Permutation
-from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.rows import dispatch
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS
@@ -26,9 +26,9 @@ from mixture_of_experts.support.tracing import is_host_readable
 GIVEN_INNER = "given_experts_inner"
 
 
-def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return the names of the side inputs that are passed to the level-one gate and to the level-two gate. The
-    arguments contain the names of the side inputs that each gate reads.
+def split_side_inputs_by_level(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Return the names of the side inputs that are passed to the level-one gate and to the level-two gate.
+    `outer` and `inner` are the names that each gate reads.
 
     Externally specified choices have a different name at each level. Only single-level layers support `counted`,
     `given_weights` and `segment_ids`.

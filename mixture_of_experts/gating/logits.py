@@ -65,7 +65,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
         if weight is None or isinstance(module, RouterLogits):
             logits = module(x)
         else:
-            logits = in_dtype(module, x, torch.promote_types(x.dtype, weight.dtype))
+            logits = call_in_dtype(module, x, torch.promote_types(x.dtype, weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
         raise ValueError(
@@ -75,7 +75,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def call_in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Call a module on `x`, with both inputs and weights cast to `dtype`."""
     weights = {name: weight for name, weight in module.named_parameters() if weight.is_floating_point()}
     if next(iter(weights.values())).dtype == dtype:
@@ -139,8 +139,8 @@ class RouterLogits(FixedShapeModule):
         self.multiplier = multiplier
         self.softcap = None if softcap is None else check_number("softcap", softcap, above=0.0)
         self.weight = nn.Parameter(torch.empty(*outer, dim, num_experts, device=device, dtype=dtype))
-        for name, there, size in (("norm_weight", norm_eps is not None, dim), ("bias", bias, num_experts)):
-            vector = torch.empty(*outer, size, device=device, dtype=dtype) if check_flag(name, there) else None
+        for name, enabled, size in (("norm_weight", norm_eps is not None, dim), ("bias", bias, num_experts)):
+            vector = torch.empty(*outer, size, device=device, dtype=dtype) if check_flag(name, enabled) else None
             self.register_parameter(name, None if vector is None else nn.Parameter(vector))
         self.reset_parameters()
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.gating.choices import expert_twice
+from mixture_of_experts.gating.choices import find_repeated_expert
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import is_host_readable
 
@@ -83,7 +83,7 @@ def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = Non
             f"given_experts contains {int(wrong[0])}, which is invalid. Use an expert id from 0 to {num_experts - 1}, "
             "-1 for no choice, or -2 - i to count expert i in the weights without running it on the token"
         )
-    if (twice := expert_twice(given)) is not None:
+    if (twice := find_repeated_expert(given)) is not None:
         raise ValueError(
             f"given_experts contains expert {twice} twice for a token, but a token's experts must be distinct. Use -1 "
             "to omit a choice"
@@ -133,7 +133,9 @@ def forced_experts(
         group: process group across which the batch is split.
     """
     *outer, k = shape
-    there = min(k, num_experts)  # with two choices and one expert, the second choice is not made
-    chosen = None if chosen is None else chosen[..., :there]
-    expert = FORCED[how]((*outer, there), num_experts, chosen, device, 0 if group is None else dist.get_rank(group))
-    return expert if there == k else functional.pad(expert, (0, k - there), value=-1)
+    num_choices = min(k, num_experts)  # with two choices and one expert, the second choice is not made
+    chosen = None if chosen is None else chosen[..., :num_choices]
+    expert = FORCED[how](
+        (*outer, num_choices), num_experts, chosen, device, 0 if group is None else dist.get_rank(group)
+    )
+    return expert if num_choices == k else functional.pad(expert, (0, k - num_choices), value=-1)

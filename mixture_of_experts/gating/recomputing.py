@@ -51,7 +51,7 @@ def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
     return _Choose.apply(values, index)
 
 
-def without_whole(index: Tensor) -> Tensor:
+def copy_slice_on_gpu(index: Tensor) -> Tensor:
     """Copy a slice of a tensor on a GPU, so that saving the slice does not keep the whole tensor alive."""
     return index.contiguous() if _on_gpu(index) else index
 

@@ -50,6 +50,7 @@ GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "two_best": lambda grouped: grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1),
 }
 WEIGHS = ("score", "softmax")
+NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all weights are 0
 STEPS: dict[str, Collection[str]] = {"score": SCORES, "select": SELECTS, "group_score": GROUP_SCORES, "weigh": WEIGHS}
 
 
@@ -112,20 +113,20 @@ class OpenGroups:
 
 
 class NormalizeBy:
-    """A `normalize` step that divides the weights by their `p`-norm, or by `least` if the norm is smaller."""
+    """A `normalize` step that divides the weights by their `p`-norm, or by `eps` if the norm is smaller."""
 
     p: float
-    least: float
+    eps: float
 
-    def __init__(self, p: float = 1.0, least: float = 0.0) -> None:
-        self.p, self.least = check_number("p", p, above=0.0), check_number("least", least, at_least=0.0)
+    def __init__(self, p: float = 1.0, eps: float = 0.0) -> None:
+        self.p, self.eps = check_number("p", p, above=0.0), check_number("eps", eps, at_least=0.0)
 
     def __call__(self, weight: Tensor) -> Tensor:
         total = weight.sum(dim=-1, keepdim=True) if self.p == 1 else weight.norm(p=self.p, dim=-1, keepdim=True)
-        return weight / total.clamp(min=self.least)
+        return weight / total.clamp(min=self.eps)
 
     def __repr__(self) -> str:
-        return f"NormalizeBy(p={self.p}, least={self.least})"
+        return f"NormalizeBy(p={self.p}, eps={self.eps})"
 
 
 class LearnedScale(nn.Module):
@@ -158,7 +159,7 @@ class LearnedScale(nn.Module):
     def forward(self, logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
         weight = score.gather(-1, expert)
         scale = self.scale.to(weight.dtype)
-        weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        weight = weight / (weight.sum(dim=-1, keepdim=True) + NO_EPSILON)
         return weight * (scale if len(self.scale) == 1 else scale[expert])
 
 

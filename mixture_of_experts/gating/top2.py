@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,7 @@ from mixture_of_experts.support.checks import check_choice, check_flag, check_nu
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
-
-POLICIES = ("all", "none", "threshold", "random")
+POLICIES: tuple[SecondPolicy, ...] = get_args(SecondPolicy)
 
 
 class Top2Gating(TokenChoiceGate):
@@ -61,7 +60,7 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
-    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, "given_experts")
+    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel, **TokenChoiceGate.implementations}
     w_gating: nn.Parameter
     capacity_per_choice = False
@@ -139,7 +138,7 @@ class Top2Gating(TokenChoiceGate):
 
         Tokens with an importance between 0 and 1 make no first choice, and their second choice is their top expert.
         """
-        logits, probs = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
+        logits, probs = recomputed_on_gpu(self._compute_scores, tokens.x, self.w_gating)
 
         # if the token has a first choice, its second choice excludes that expert
         fixed = probs.detach()
@@ -168,7 +167,7 @@ class Top2Gating(TokenChoiceGate):
             sent = None if sent is None else sent | (given != KEEP_ROUTER_CHOICE)
         return Choices(expert, weight, probs, parts, chosen=chosen, sent=sent, primary=primary)
 
-    def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = router_logits(x, weight)
         return logits, logits.softmax(dim=-1)
 
@@ -246,7 +245,7 @@ class Top2Gating(TokenChoiceGate):
         proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
         if tokens.mask is not None:
             proxy = torch.where(tokens.mask.unsqueeze(-1), proxy, 0.0)
-        active = tokens.counted if tokens.makes_any_choice is None else tokens.makes_any_choice
+        active = tokens.loss_mask if tokens.makes_any_choice is None else tokens.makes_any_choice
         active = None if active is None else active.unsqueeze(-1)
         if second is not None:
             active = second if active is None else second & active

@@ -20,20 +20,20 @@ from mixture_of_experts import losses
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
+from mixture_of_experts.gating.kernel_checks import NO_KERNEL, describe_difference, has_kernel
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.recomputing import recomputed_on_gpu
-from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, difference, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.support.private_torch import is_fake_tensor, is_functorch_wrapped
-from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
+from mixture_of_experts.support.subclassing import find_implementing_class, find_overridden
 
 Top2Gating = Any  # avoids a circular import
 MAX_EXPERTS = 1024
 
 #: methods that the operators use and the kernels replace
 REPLACED_METHODS = (
-    *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
+    *("decide_and_route", "decide", "_compute_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
     *("balance_loss", "_balance_of_tokens", "balance", "select_counted", "token_mean"),
 )
 
@@ -44,14 +44,14 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Return the reason why the kernels do not support the call, or None if they support it."""
     if not has_kernel(tokens.x, gate.w_gating):
         return NO_KERNEL
-    base = find_declaring_class(type(gate), "implementations")
+    base = find_implementing_class(type(gate))
     if (method := find_overridden(gate, base, REPLACED_METHODS)) is not None:
         return f"{type(gate).__name__} overrides {method}"
     if gate.num_experts > MAX_EXPERTS:
         return f"the kernels support at most {MAX_EXPERTS} experts"
     if tokens.segments is not None:
         return "the kernels do not support packed rows"
-    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
+    if gate.second_place_loss or GIVEN in tokens.side or tokens.loss_mask is not tokens.makes_all_choices:
         return "the kernels do not support second_place_loss, expert choices passed by the caller, or computed padding"
     if math.prod(tokens.x.shape[:-1]) == 0:
         return "the input has no tokens"
@@ -73,7 +73,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
     found = recomputed_on_gpu(decided, tokens.x, gate.w_gating)
-    balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
+    balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, process_group=gate.process_group)
     z_loss = losses.mean(
         found.squares, math.prod(shape) if tokens.makes_all_choices is None else found.number, gate.process_group
     )
@@ -132,8 +132,8 @@ class _TwoBest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        of = Decided(*grads)  # type: ignore[arg-type]
-        given = [of.weight, of.probs, of.log_total, of.proxy, of.squares]
+        grad_of = Decided(*grads)  # type: ignore[arg-type]
+        given = [grad_of.weight, grad_of.probs, grad_of.log_total, grad_of.proxy, grad_of.squares]
         if torch.is_grad_enabled() or any(is_functorch_wrapped(grad) for grad in given if grad is not None):
             function: Callable[..., Tensor] = grads_by_operators
         else:
@@ -174,7 +174,7 @@ def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Compare the kernels with torch's operators on this device, using generated tokens and the gate's settings. Return
     a description of the difference, or None if the results agree."""
     kind = gate.num_experts, gate.second[0], tokens.makes_all_choices is not None, gate.eps
-    base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
+    base = find_implementing_class(type(gate))  # subclasses may have other arguments
     check = partial(_find_fault, base, tokens.x.device, gate.second[1], *kind)
     return SELF_CHECK.failure_reason(tokens.x.device, kind, check)
 
@@ -190,9 +190,9 @@ def _find_fault(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
+    def results(choose: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
         with forked():  # both implementations draw the same random numbers
-            found = way(gate, tokens)
+            found = choose(gate, tokens)
         of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
         total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
@@ -208,4 +208,4 @@ def _find_fault(
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
     tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
-    return difference(results(choose_by_kernel), results(base.decide), atol=1e-5)
+    return describe_difference(results(choose_by_kernel), results(base.decide), atol=1e-5)

@@ -22,9 +22,10 @@ from mixture_of_experts.gating.bias_rules import (
     BiasRule,
     ForwardChoices,
     RuleName,
-    check_rule,
-    check_scores,
-    step_of,
+    check_rule_supports_router,
+    compute_bias_step,
+    resolve_rule,
+    scores_insufficient_reason,
 )
 from mixture_of_experts.gating.choices import Choices, both, check_k_of_experts, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
@@ -35,6 +36,7 @@ from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_g
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
     KNOWN_STEPS,
+    NO_EPSILON,
     SCORES,
     STEPS,
     AlwaysChosen,
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NO_BIAS = "this gate has no expert bias; construct it with TopKGating(..., expert_bias=True)"
-NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all weights are 0
-Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
 class TopKGating(TokenChoiceGate):
@@ -187,7 +187,7 @@ class TopKGating(TokenChoiceGate):
             zeros = torch.zeros(bias_of_each, device=device, dtype=kind) if has_expert_bias else None
             self.register_buffer(name, zeros)
         self.register_buffer("expert_histogram", None, persistent=False)
-        self._bias_rule = check_rule("bias_rule", "sign")
+        self._bias_rule = resolve_rule("bias_rule", "sign")
         self._steps_without_update = StepsWithoutUpdate()
         self.reset_parameters()
 
@@ -212,9 +212,9 @@ class TopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts with the k largest scores for each token."""
-        x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
-        logits, score, probs, log_total = recomputed_on_gpu(self._scored, x, self.w_gating, self.b_gating)
-        ranked = self._ranked(logits, score)
+        x = self._apply_jitter(tokens.x) if self.training and self.jitter else tokens.x
+        logits, score, probs, log_total = recomputed_on_gpu(self._compute_scores, x, self.w_gating, self.b_gating)
+        ranked = self._rank_experts(logits, score)
         expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
             expert, chosen = self.apply_overrides(tokens, expert, chosen)
@@ -224,19 +224,19 @@ class TopKGating(TokenChoiceGate):
         # the loss is computed before the weights so that the backward pass accumulates its gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
-        weight = self._weigh(logits, score, expert, chosen)
+        weight = self._compute_weights(logits, score, expert, chosen)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
         if self.normalize:
-            weight = self._normalized(weight, allowed)
+            weight = self._normalize_weights(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
         if self.training and self.expert_bias is not None:
-            weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
+            weight = self._count_in_backward(tokens, weight, logits, score, expert, allowed)
         if log_total is None:  # `log_total` is computed from the first choice
             logit = gather_chosen(logits, expert[..., :1])
-            z_loss = losses.z_loss_from_expert(logit, prob, tokens.counted, self.process_group)
+            z_loss = losses.z_loss_from_expert(logit, prob, tokens.loss_mask, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
@@ -268,7 +268,7 @@ class TopKGating(TokenChoiceGate):
         """Return the balancing loss for the `chosen` choices, given scores and probabilities `(..., b, n, e)`."""
         return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
-    def logits_of(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def compute_logits(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Compute logits `(..., b, n, e)` from tokens `(..., b, n, d)`, using either the matrix and its bias or the
         module."""
         if weight is not None:
@@ -284,22 +284,24 @@ class TopKGating(TokenChoiceGate):
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
-    def _scored(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Scored:
+    def _compute_scores(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the logits, scores and probabilities `(..., b, n, e)`, and the logsumexp of the logits `(..., b, n)`.
         The logsumexp is None if it is computed from the first choice."""
-        logits = self.logits_of(x, weight, bias)
+        logits = self.compute_logits(x, weight, bias)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
-        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
+        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + NO_EPSILON)
         return logits, score, probs, log_total
 
-    def _jittered(self, x: Tensor) -> Tensor:
+    def _apply_jitter(self, x: Tensor) -> Tensor:
         """Multiply `x` by noise from U(1 - jitter, 1 + jitter). The product is computed in at least float32, because
         bfloat16 cannot represent values such as 1.005."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
+    def _rank_experts(self, logits: Tensor, score: Tensor) -> Tensor:
         """Return the biased scores `(..., b, n, e)` by which experts are chosen. Scores outside the best expert groups
         are -inf."""
         bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
@@ -317,7 +319,7 @@ class TopKGating(TokenChoiceGate):
             best = best & (totals != -torch.inf)
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
-    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
+    def _compute_weights(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
         """Return the weights `(..., b, n, k)` of the choices before normalization. A softmax is computed only over the
         `chosen` choices."""
         if self.weigh == "score":
@@ -330,7 +332,7 @@ class TopKGating(TokenChoiceGate):
         assert callable(self.weigh)
         return self.weigh(logits, score, expert)
 
-    def _normalized(self, weight: Tensor, allowed: Tensor | None) -> Tensor:
+    def _normalize_weights(self, weight: Tensor, allowed: Tensor | None) -> Tensor:
         if callable(self.normalize):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
@@ -348,11 +350,11 @@ class TopKGating(TokenChoiceGate):
 
     @bias_rule.setter
     def bias_rule(self, rule: RuleName | BiasRule) -> None:
-        rule = check_rule("bias_rule", rule)
+        rule = resolve_rule("bias_rule", rule)
         if self.expert_bias is None or self.expert_counts is None:
             raise RuntimeError(NO_BIAS)
-        name, sizes = type(self).__name__, (self.k, self.num_experts)
-        check_scores(rule, name, *sizes, self.select, self.num_groups, self.load_beyond_scores)
+        reason = scores_insufficient_reason(self.k, self.num_experts, self.select, self.num_groups)
+        check_rule_supports_router(rule, type(self).__name__, self.load_beyond_scores or reason)
         self._bias_rule, histogram = rule, None
         if rule.bins:
             shape = (*self.expert_bias.shape, rule.bins)
@@ -370,7 +372,7 @@ class TopKGating(TokenChoiceGate):
         """The number of trailing experts that `AlwaysChosen` assigns to every token. Their bias is not updated."""
         return self.select.num if isinstance(self.select, AlwaysChosen) else 0
 
-    def _counted_in_backward(
+    def _count_in_backward(
         self,
         tokens: Tokens,
         weight: Tensor,
@@ -389,13 +391,13 @@ class TopKGating(TokenChoiceGate):
         if (padding := tokens.computed_padding) is not None:
             known = known & ~padding
         chosen = (known if allowed is None else allowed & known).flatten(-3, -2)
-        counted, scores = None if tokens.counted is None else tokens.counted.flatten(-2), None
+        counted, scores = None if tokens.loss_mask is None else tokens.loss_mask.flatten(-2), None
         if self._bias_rule.reads_scores:
             scores = (logits if self.select == "logits" else score).flatten(-3, -2)
         made = ForwardChoices(expert.flatten(-3, -2), chosen, scores, counted, bias)
         weight = count_in_backward(weight, self._bias_rule.count(made), counts)
         if torch.is_grad_enabled():
-            self._steps_without_update.training_forward(
+            self._steps_without_update.count_forward(
                 next((weight for weight in self.parameters() if weight.requires_grad), None)
             )
         return weight
@@ -419,7 +421,7 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None or (counts := self.bias_counts) is None:
             raise RuntimeError(NO_BIAS)
         total = losses.global_sum(counts, ranks_of_batch(group))
-        self.move_bias(step_of(self._bias_rule, total, self.expert_bias, self.k, rate, self.always_chosen))
+        self.move_bias(compute_bias_step(self._bias_rule, total, self.expert_bias, self.k, rate, self.always_chosen))
         counts.zero_()
 
     @torch.no_grad()
@@ -428,7 +430,7 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None:
             raise RuntimeError(NO_BIAS)
         self.expert_bias += step
-        self._steps_without_update.bias_moved()
+        self._steps_without_update.reset()
 
     def check_k(self, k: Any) -> int:
         k = check_k_of_experts(super().check_k(k), self.num_experts)

@@ -19,21 +19,33 @@ from torch import Tensor
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.kernel_checks import NO_KERNEL, describe_difference, has_kernel
 from mixture_of_experts.gating.logits import RouterLogits
-from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
-from mixture_of_experts.support.private_torch import is_fake_tensor, is_wrapper_subclass
-from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
+from mixture_of_experts.gating.steps import NO_EPSILON
+from mixture_of_experts.kernels.launching import SelfCheck
+from mixture_of_experts.support.private_torch import is_fake_tensor
+from mixture_of_experts.support.subclassing import find_implementing_class, find_overridden
 
 TopKGating = Any  # avoids a circular import
-LONGEST = 8  # maximum number of tokens per group
+MAX_TOKENS = 8  # maximum number of tokens per group
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
-TOLERANCE = 1e-3
-NO_KERNEL = "the gates' kernels support only plain tensors on NVIDIA GPUs, and do not support float64"
 
 #: methods that the operators use, and that the kernel and the "numbers" implementation replace
 REPLACED_METHODS = (
-    *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
-    *("_weigh", "_normalized", "allowed", "balance_loss", "_balance_of_tokens", "balance", "select_counted"),
+    "decide_and_route",
+    "decide",
+    "_compute_scores",
+    "_rank_experts",
+    "own_choices",
+    "balance_of_scores",
+    "first_is_likeliest",
+    "_compute_weights",
+    "_normalize_weights",
+    "allowed",
+    "balance_loss",
+    "_balance_of_tokens",
+    "balance",
+    "select_counted",
     "token_mean",
 )
 
@@ -46,11 +58,13 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
         return "it supports only eval mode without gradients"
     if not has_kernel(tokens.x, *gate.parameters()):
         return NO_KERNEL
-    if tokens.counted is not None or tokens.length != tokens.num_tokens or tokens.side:
+    if tokens.loss_mask is not None or tokens.length != tokens.num_tokens or tokens.side:
         return "it does not support masks, importance or side inputs"
-    if not 0 < tokens.num_tokens <= LONGEST or tokens.x.shape[0] == 0:
-        return f"it supports only groups of 1 to {LONGEST} tokens"
-    return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
+    if not 0 < tokens.num_tokens <= MAX_TOKENS or tokens.x.shape[0] == 0:
+        return f"it supports only groups of 1 to {MAX_TOKENS} tokens"
+    return unsupported_settings_reason(gate) or (
+        None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x)
+    )
 
 
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
@@ -58,21 +72,14 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
-def has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Return whether the gates' kernels support these tensors, which must be plain tensors on a single device and not
-    float64."""
-    tensors = (x, *weights)
-    return can_launch_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
-
-
-def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
+def unsupported_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
     """Return the reason why the kernel and the "numbers" implementation do not support the gate's settings or
     overridden methods, or None if both are supported. Only overrides of the `replaced` methods are checked."""
-    if (method := find_overridden(gate, find_declaring_class(type(gate), "implementations"), replaced)) is not None:
+    if (method := find_overridden(gate, find_implementing_class(type(gate)), replaced)) is not None:
         return f"{type(gate).__name__} overrides {method}"
     if type(gate.logits) not in (type(None), RouterLogits):
         return f"{type(gate.logits).__name__} computes the logits"
-    weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)
+    weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= NO_EPSILON)
     if gate.score not in ("softmax", "sigmoid") or gate.select != "score" or not weighs:
         return "it does not support the gate's scores or weights"
     if gate.num_groups is not None or gate.outer_expert_dims or not isinstance(gate.normalize, bool):
@@ -88,7 +95,7 @@ def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
     """Compute the gate's choices with the kernel."""
     from mixture_of_experts.kernels.top_k import choose_top_k  # importing triton takes about a second
 
-    logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
+    logits = gate.compute_logits(tokens.x, gate.w_gating, gate.b_gating)
     b, n, e = logits.shape
     scales = e / (gate.choices_at_balance * b * n * n), 1 / (b * n)
     expert, weight, probs, sums = choose_top_k(logits, gate.expert_bias, *_settings(gate), *scales)
@@ -109,7 +116,7 @@ def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
     a description of the difference, or None if the results agree."""
     names = ("num_experts", "k", "score", "weigh", "normalize", "scale", "eps")
     kind = {name: getattr(gate, name) for name in names} | {"expert_bias": gate.expert_bias is not None}
-    base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
+    base = find_implementing_class(type(gate))  # subclasses may have other arguments
     return SELF_CHECK.failure_reason(x.device, tuple(kind.items()), partial(_find_fault, base, x.device, kind))
 
 
@@ -132,16 +139,4 @@ def _find_fault(base: Any, device: torch.device, settings: Mapping[str, Any]) ->
         chosen = wanted.probs.gather(-1, choices.expert.clamp(0, gate.num_experts - 1))
         return {"weights": choices.weight, "experts": chosen, "probabilities": choices.probs, **choices.losses}
 
-    return difference(results(choose_by_kernel(gate, tokens)), results(wanted), atol=1e-6)
-
-
-def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:
-    """Return a description of how a kernel's results differ from those of torch's operators, or None if they agree.
-
-    One token is allowed to choose different experts, because its scores may be equal up to rounding.
-    """
-    for name, want in wanted.items():
-        differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=atol, equal_nan=True).logical_not().sum()
-        if differ > (want.shape[-1] if want.ndim and name != "probabilities" else 0):
-            return f"their {name} differ from those of torch's operators"
-    return None
+    return describe_difference(results(choose_by_kernel(gate, tokens)), results(wanted), atol=1e-6)

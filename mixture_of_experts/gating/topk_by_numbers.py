@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
-from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.gating.steps import NO_EPSILON, SCORES
 from mixture_of_experts.kernels.launching import can_launch_kernels
 from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
 from mixture_of_experts.support.implementations import requested_implementation
@@ -39,13 +39,13 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
         return "it supports only eval mode without gradients"
     if not is_host_readable(x) or torch.jit.is_tracing():
         return "it reads values, which requires plain CPU tensors outside of graphs and transforms"
-    if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses or tokens.segments:
+    if x.shape != (1, 1, gate.dim) or tokens.loss_mask is not None or tokens.side or tokens.losses or tokens.segments:
         return f"it supports only one token (1, 1, {gate.dim}), without mask, side inputs, packing or further losses"
     if requested_implementation() in ("plain", BATCH_INVARIANT) or can_launch_kernels(x.device):
         return "operators or kernels are requested"
     if gate.capacity_factor_eval is not None or gate.num_experts > MAX_EXPERTS:
         return f"it supports only dropless gates with at most {MAX_EXPERTS} experts"
-    if (reason := topk_by_kernel.unknown_settings_reason(gate, REPLACED_METHODS)) is not None:
+    if (reason := topk_by_kernel.unsupported_settings_reason(gate, REPLACED_METHODS)) is not None:
         return reason
     weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
@@ -60,7 +60,7 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
     that are chosen only because of their bias may have scores that round to 0, whereas the softmax over their logits
     does not round to 0.
     """
-    logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
+    logits, k, e = gate.compute_logits(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers = score.view(-1).tolist()
     ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).view(-1).tolist()
@@ -73,8 +73,8 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
         likeliest = max(range(e), key=numbers.__getitem__)
         log_total = logits.view(-1).tolist()[likeliest] - math.log(numbers[likeliest])
     else:
-        probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
-        share, log_total = share / (math.fsum(numbers) + 1e-20), logits.logsumexp(dim=-1).item()
+        probs = score / (score.sum(dim=-1, keepdim=True) + NO_EPSILON)
+        share, log_total = share / (math.fsum(numbers) + NO_EPSILON), logits.logsumexp(dim=-1).item()
     if gate.normalize or gate.weigh == "softmax":
         if sum(weight) < MIN_TOTAL:
             return gate.decide_and_route(tokens)

@@ -236,7 +236,11 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
         return
     x = call.x.reshape(1, -1, call.x.shape[-1])
     bias = getattr(gate, "b_gating", None)
-    logits = gate.logits_of(x, gate.w_gating, bias) if hasattr(gate, "logits_of") else gate.product(x, gate.w_gating)
+    logits = (
+        gate.compute_logits(x, gate.w_gating, bias)
+        if hasattr(gate, "compute_logits")
+        else gate.product(x, gate.w_gating)
+    )
     call.collected.append(logits.squeeze(0))
 
 

@@ -43,7 +43,7 @@ class ClampedSwiGLU(nn.Module):
         torch.Size([4, 5, 8])
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     alpha: float
     limit: float
 
@@ -76,7 +76,7 @@ class ClampedGLU(nn.Module):
         tensor([-2.,  2.])
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     act: nn.Module
     limit: float
     after: bool
@@ -110,7 +110,7 @@ class SiTU(nn.Module):
         tensor([100.])
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     beta: float
     linear_beta: float
 
@@ -139,7 +139,7 @@ class SquaredReLU(nn.Module):
         tensor([0., 9.])
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x).square()
@@ -180,8 +180,10 @@ def make_activation(activation: ActivationLike) -> nn.Module:
 
 def takes_gate_and_up(activation: ActivationLike) -> bool:
     """Return whether an activation is a function of `(gate, up)` that cannot be called with a single tensor."""
-    if type(activation) in KNOWN_ACTIVATIONS or isinstance(activation, ClampedSwiGLU):
-        return isinstance(activation, ClampedSwiGLU)
+    if isinstance(activation, ClampedSwiGLU):
+        return True
+    if type(activation) in KNOWN_ACTIVATIONS:
+        return False
     if isinstance(activation, FunctionActivation):
         return takes_gate_and_up(activation.function)
     if isinstance(activation, nn.Module):

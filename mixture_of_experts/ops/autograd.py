@@ -79,17 +79,12 @@ class _RoutedFFN(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         names = list(network.tensors())
-        permutation, network = (
-            permutation._replace(weight=weight),
-            network.with_tensors(dict(zip(names, weights, strict=True))),
-        )
+        permutation = permutation._replace(weight=weight)
+        network = network.with_tensors(dict(zip(names, weights, strict=True)))
         out, saved = compute_forward(x, permutation, network, True)
         tables = select_tables_to_save(permutation)
-        ctx.compute_backward, ctx.permutation, ctx.network = (
-            compute_backward,
-            permutation.without_tensors(),
-            network.with_tensors({}),
-        )
+        ctx.compute_backward = compute_backward
+        ctx.permutation, ctx.network = permutation.without_tensors(), network.with_tensors({})
         ctx.tables, ctx.names = list(tables), names
         ctx.save_for_backward(x, *tables.values(), *weights, *saved)
         return out

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_with_padding
 from mixture_of_experts.dispatch.rows import add_rows
-from mixture_of_experts.ops import autograd, few_tokens, plain, row_network
+from mixture_of_experts.ops import few_tokens, plain, row_network
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import is_exporting, is_in_transform
 from mixture_of_experts.support.tracing import symbolic_max
@@ -119,11 +118,8 @@ class BlockLayout(SlotLayout):
     def __init__(self, permutation: Permutation) -> None:
         super().__init__(permutation)
         assert permutation.table is not None
-        self.num_experts, self.num_batches, self.expert = (
-            self.num_batches,
-            permutation.table.shape[0],
-            permutation.table,
-        )
+        self.num_experts = self.num_batches
+        self.num_batches, self.expert = permutation.table.shape[0], permutation.table
 
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         products = super().outer_products(x, y)
@@ -171,9 +167,4 @@ def run_rows(
     """Implement `run` for any number of tokens."""
     if not call.assignments.prefers_rows() or call.x.shape[0] == 0:
         layout = SlotLayout
-    permutation = layout.arrange(call.assignments)
-    pair = (
-        partial(row_network.forward_rows, layout, row_functions),
-        partial(row_network.backward_rows, layout, row_functions),
-    )
-    return autograd.run_differentiable(*pair, call.x, permutation, call.network)
+    return row_network.run_layout(layout, row_functions, call.x, layout.arrange(call.assignments), call.network)

@@ -273,7 +273,7 @@ def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
     return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
-def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
+def multiply_by_expert(x: Tensor, weight: Tensor, expert_counts: list[tuple[int, int]]) -> Tensor:
     """Multiply rows x, which are sorted by expert, by their experts' weights. The result is 0 for rows after the last
     expert's rows.
 
@@ -282,19 +282,21 @@ def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[in
     select any two weights in a stack.
 
     Args:
-        rows_per_expert: (expert, number of rows) pairs for the experts that have rows, in ascending order.
+        x: `(r, p)`, rows sorted by expert.
+        weight: `(e, p, q)`, the weights of all experts.
+        expert_counts: (expert, number of rows) pairs for the experts that have rows, in ascending order.
     """
-    has_one_expert = len(rows_per_expert) == 1 and rows_per_expert[0][1] == x.shape[0]
+    has_one_expert = len(expert_counts) == 1 and expert_counts[0][1] == x.shape[0]
     # autocast would cast the operands of this operator, but not those of operators that write to `out`
     if has_one_expert and has_native_matmul(x.dtype) and not torch.is_autocast_enabled(x.device.type):
-        return x @ weight[rows_per_expert[0][0]]
+        return x @ weight[expert_counts[0][0]]
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # otherwise torch copies the slice
     start = index = 0
-    while index < len(rows_per_expert):
-        expert, count = rows_per_expert[index]
-        if pairs and index + 1 < len(rows_per_expert) and rows_per_expert[index + 1][1] == count:
-            other, stop, shape = rows_per_expert[index + 1][0], start + 2 * count, (2, count, -1)
+    while index < len(expert_counts):
+        expert, count = expert_counts[index]
+        if pairs and index + 1 < len(expert_counts) and expert_counts[index + 1][1] == count:
+            other, stop, shape = expert_counts[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
             matmul_into(x[start:stop].view(shape), matrices, out[start:stop].view(shape))
             index += 2

@@ -114,15 +114,18 @@ def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | No
 
 def has_direct_matmul(packed: Tensor) -> bool:
     """Return whether torch has an operator that multiplies by these nibbles without unpacking them."""
-    return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
+    if not packed.is_cpu:
+        return False
+    block = find_cpu_block()
+    return block != PORTABLE_BLOCK and block == 2 * packed.shape[-1]
 
 
 @cache
 def find_cpu_block() -> int:
     """Return the value of b that this CPU's operator supports if its results match `unpack_matrix`, and
     `PORTABLE_BLOCK` otherwise. The check runs on the first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
-    weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
+    options: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
+    weight, x = torch.arange(64 * 64, **options).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **options)
     for block in (64, 32):
         packed, groups = pack_matrix(weight, 64, block).values()
         levels = unpack_nibbles(packed, torch.empty(64, 64, dtype=torch.int32, device="cpu"))

@@ -67,8 +67,8 @@ def has_direct_matmul(packed: Tensor) -> bool:
 def has_packed_row_operators() -> bool:
     """Return whether torch has CPU operators for packed rows whose results match `unpack_matrix`. The check runs on the
     first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
-    weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
+    options: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
+    weight, x = torch.arange(-35, 35, **options).view(2, 5, 7) / 4, torch.arange(10, **options).view(2, 5) - 4.5
     packed = torch.stack([pack_matrix(matrix)["packed"] for matrix in weight])
     unpacked = unpack_matrix(packed)
     try:

@@ -39,5 +39,5 @@ def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) 
         some = slice(i, i + matrices)
         rows = x[some].float()
         for j in range(0, q, columns):
-            here, part = out[some, :, j : j + columns], y[some, :, j : j + columns].float()
-            here.copy_(torch.baddbmm(here.float(), rows, part) if accumulate else torch.bmm(rows, part))
+            block, part = out[some, :, j : j + columns], y[some, :, j : j + columns].float()
+            block.copy_(torch.baddbmm(block.float(), rows, part) if accumulate else torch.bmm(rows, part))

@@ -60,8 +60,8 @@ class Network:
         """Return all weights and biases that are not None, keyed by the names "w_in.0", "w_in.1", "w_out", "b_in.0",
         "b_in.1" and "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
-        there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
-        return {name: tensor for name, tensor in there if tensor is not None}
+        named = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
         """Return a copy of the network with the given weights and biases, keyed by name. Tensors whose names are

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.dispatch.rows import sum_rows
 from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
-from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
+from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors, run_differentiable
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
@@ -58,7 +59,7 @@ class RowLayout(ABC):
     @abstractmethod
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         """Return `x^T y` for each expert's rows of x `(r, p)` and y `(r, q)`, as `(e, p, q)`. The result is 0 for
-        experts without rows. The result is written to `out` if `gradients` provides preallocated memory."""
+        experts without rows. The result is written to `out` if `allocate_gradients` provides preallocated memory."""
 
     @abstractmethod
     def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
@@ -92,7 +93,7 @@ class RowLayout(ABC):
         """Restore the pre-activations `(r, q)` from their saved form."""
         return pre
 
-    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+    def allocate_gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
         """Return preallocated memory for the requested gradients of the network, keyed by name. By default, no memory
         is preallocated."""
         return {}
@@ -141,15 +142,30 @@ def backward_rows(
     layout, scale, grad = make_layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
     grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last entry is unused
-    grads, of_rows = layout.gradients(network, wanted), grad_scale[:-1]
-    each = len(saved) // len(layout.chunks)  # number of saved tensors per chunk
+    grads, row_grad_scale = layout.allocate_gradients(network, wanted), grad_scale[:-1]
+    saved_per_chunk = len(saved) // len(layout.chunks)
     for i, chunk in enumerate(layout.chunks):
         layout.enter_chunk(chunk)
-        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each] if part is not None]
-        scales = layout.select_chunk(scale), layout.select_chunk(of_rows)
+        pre = [
+            layout.unpack(part) for part in saved[i * saved_per_chunk : (i + 1) * saved_per_chunk] if part is not None
+        ]
+        scales = layout.select_chunk(scale), layout.select_chunk(row_grad_scale)
         grads |= row_functions.backpropagate_network(layout, x, network, pre, grad, *scales, wanted, grads)
     grad_x = layout.combine_rows() if "x" in wanted else None
     return FFNGradients(grad_x, grad_scale.index_select(0, permutation.row).to(permutation.weight.dtype), grads)
+
+
+def run_layout(
+    make_layout: Callable[[Permutation], RowLayout],
+    row_functions: RowFunctions,
+    x: Tensor,
+    permutation: Permutation,
+    network: Network,
+) -> Tensor:
+    """Compute the outputs `(t, o)` with a layout's products. The outputs are differentiable."""
+    forward = partial(forward_rows, make_layout, row_functions)
+    backward = partial(backward_rows, make_layout, row_functions)
+    return run_differentiable(forward, backward, x, permutation, network)
 
 
 def run_network(layout: RowLayout, x: Tensor, network: Network, save: bool) -> list[Tensor]:

@@ -27,9 +27,10 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
         description = describe()
     except Exception as error:  # the error is raised below, after it has been sent to the other ranks
         problem = error
-    gathered, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
+    gathered: list[Any] = [None] * mesh.size()
+    group = mesh.get_group()
     try:
-        dist.all_gather_object(gathered, gathered[0], group=group)
+        dist.all_gather_object(gathered, (description, str(problem or "")), group=group)
     except RuntimeError as error:
         what = "expert parallelism: a rank could not compare its layers with those of other ranks"
         raise collective_error(what, error, group) from error

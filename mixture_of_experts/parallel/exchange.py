@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.parallel.batch_fingerprint import (
+from mixture_of_experts.parallel.row_splitting import (
     check_fingerprints,
     count_local_part,
     fingerprint_choices,
@@ -29,8 +29,8 @@ from mixture_of_experts.support.collective_errors import collective_error
 from mixture_of_experts.support.private_torch import all_to_all, unsafe_view
 
 EXCHANGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SLOTS_FORM, ROWS_FORM = 0, 1
-FORM_NAMES = ("slots (limited capacity)", "rows (dropless)")
+SLOTS, ROWS = 0, 1
+LAYOUT_NAMES = ("slots (limited capacity)", "rows (dropless)")
 MODE_NAMES = ("in evaluation", "in training")
 GRADIENT_NAMES = ("without gradients", "with gradients")
 
@@ -117,8 +117,8 @@ def exchange_slots(
         return compute(x)
     if (shared := channel.shared_batch) is not None:
         filled = x.detach().ne(0).any(dim=-1).sum(dim=-1).flatten()
-        signed = channel._replace(shared_batch=None, fingerprint=fingerprint_choices(filled, shared))
-        result = exchange_slots(take_local_part(x, shared), dims, compute, signed, training, static_shapes=False)
+        fingerprinted = channel._replace(shared_batch=None, fingerprint=fingerprint_choices(filled, shared))
+        result = exchange_slots(take_local_part(x, shared), dims, compute, fingerprinted, training, static_shapes=False)
         return gather_parts(result, x.shape[-2], shared)
     s, d = x.shape[-2:]
     local_dims = (dims[0] // channel.size, *dims[1:])
@@ -126,7 +126,7 @@ def exchange_slots(
     send = receive = [each * s] * channel.size
     if not static_shapes:
         counts = torch.full((math.prod(dims),), s, device=x.device)
-        send, receive, _ = exchange_counts(SLOTS_FORM, x, training, counts, channel)
+        send, receive, _ = exchange_counts(SLOTS, x, training, counts, channel)
     sizes = [num_rows // each for num_rows in receive]
 
     def compute_blocks(rows: Tensor) -> Tensor:
@@ -153,13 +153,11 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: 
     if channel.size == 1:
         return compute(x, counts)
     if (shared := channel.shared_batch) is not None:
-        part, signed = (
-            take_local_part(x, shared),
-            channel._replace(shared_batch=None, fingerprint=fingerprint_choices(counts, shared)),
-        )
+        part = take_local_part(x, shared)
+        fingerprinted = channel._replace(shared_batch=None, fingerprint=fingerprint_choices(counts, shared))
         counts = count_local_part(counts, part.shape[0], shared)
-        return gather_parts(exchange_rows(part, counts, compute, signed, training), x.shape[0], shared)
-    send, receive, received = exchange_counts(ROWS_FORM, x, training, counts, channel)
+        return gather_parts(exchange_rows(part, counts, compute, fingerprinted, training), x.shape[0], shared)
+    send, receive, received = exchange_counts(ROWS, x, training, counts, channel)
     order, inverse = find_expert_order(received, sum(receive))
 
     def compute_sorted(rows: Tensor) -> Tensor:
@@ -180,7 +178,7 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def exchange_counts(
-    form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
+    layout: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
     """Send each rank a description of the call and the row counts of its experts, taken from `counts` `(e,)`, and
     receive the same from all ranks. This function requires one host sync.
@@ -193,24 +191,26 @@ def exchange_counts(
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)
-    call = [form, int(training), int(torch.is_grad_enabled()), EXCHANGED_DTYPES.index(x.dtype), x.shape[-1]]
+    call = [layout, int(training), int(torch.is_grad_enabled()), EXCHANGED_DTYPES.index(x.dtype), x.shape[-1]]
     batch = sent.new_zeros(2) if channel.fingerprint is None else channel.fingerprint
     header = torch.cat([torch.tensor(call, device=counts.device), batch]).expand(ranks, -1)
     exchanged = channel.transfer(torch.cat([header, sent], dim=1), [1] * ranks, [1] * ranks)
     header, received = exchanged[:, : header.shape[1]], exchanged[:, header.shape[1] :]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
     table = torch.cat([header, *sums], dim=1).tolist()  # this is the only host synchronization
-    for rank, (*other, _, _, _, _) in enumerate(table):
-        if other != call:
+    for rank, row in enumerate(table):
+        if (other := row[: len(call)]) != call:
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {describe_call(other)}, but rank {channel.group.rank()} sends "
                 f"{describe_call(call)}. All ranks must call the layer with the same mode, dtype and model dimension, "
                 "and gradients must be enabled on all ranks or on none"
             )
-    check_fingerprints([row[-4:-2] for row in table])
-    return [row[-2] for row in table], [row[-1] for row in table], received
+    *_, batches, choices, num_sent, num_received = map(list, zip(*table, strict=True))
+    check_fingerprints(zip(batches, choices, strict=True))
+    return num_sent, num_received, received
 
 
 def describe_call(call: Sequence[int]) -> str:
-    form, mode, gradients, dtype, dim = call
-    return f"{FORM_NAMES[form]} of {EXCHANGED_DTYPES[dtype]}, dim={dim}, {MODE_NAMES[mode]} {GRADIENT_NAMES[gradients]}"
+    layout, mode, gradients, dtype, dim = call
+    rows = f"{LAYOUT_NAMES[layout]} of {EXCHANGED_DTYPES[dtype]}, dim={dim}"
+    return f"{rows}, {MODE_NAMES[mode]} {GRADIENT_NAMES[gradients]}"

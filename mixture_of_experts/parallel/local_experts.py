@@ -45,18 +45,18 @@ def use_local_experts(experts: Any) -> Iterator[Any]:
             yield experts
         return
     stand_ins: dict[Any, Any] = {module: object.__new__(type(module)) for module in experts.modules()}
-    for module, its in stand_ins.items():
+    for module, stand_in in stand_ins.items():
         parts = {name: stand_ins.get(part) for name, part in module._modules.items()}
         own = dict(_parameters={**module._parameters}, _buffers={**module._buffers}, _modules=parts)
-        its.__dict__.update(module.__dict__, **own)
-    began = [({**its.__dict__}, {**its._buffers}) for its in stand_ins.values()]
-    here = stand_ins[experts]
-    here.__class__ = experts.local_class
-    with hold_local_shards(here, experts.sharding):
-        yield here
-    for (module, its), (attributes, buffers) in zip(stand_ins.items(), began, strict=True):
-        module.__dict__.update(find_changes(its.__dict__, attributes))
-        module._buffers.update(find_changes(its._buffers, buffers))
+        stand_in.__dict__.update(module.__dict__, **own)
+    initial = [({**stand_in.__dict__}, {**stand_in._buffers}) for stand_in in stand_ins.values()]
+    local_experts = stand_ins[experts]
+    local_experts.__class__ = experts.local_class
+    with hold_local_shards(local_experts, experts.sharding):
+        yield local_experts
+    for (module, stand_in), (attributes, buffers) in zip(stand_ins.items(), initial, strict=True):
+        module.__dict__.update(find_changes(stand_in.__dict__, attributes))
+        module._buffers.update(find_changes(stand_in._buffers, buffers))
 
 
 def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
     """Return all model properties that must be the same on every rank. Raise an error if the plan is invalid or a layer
     cannot be sharded."""
     description: dict[str, Any] = {}
-    sharded_by: dict[Any, str] = {}  # experts
+    sharded_by: dict[Any, str] = {}  # keyed by experts
     for key, style in plan.items():
         found = find_matching_submodules(module, key)
         if not found:

@@ -88,8 +88,8 @@ class ShardedExperts(nn.Module):
         """Apply this rank's experts to slots `(*l, s, d)`, or to rows with their counts. The experts' hooks are not
         called here, because they apply to the whole forward pass."""
         local: Any = self.local_class
-        with use_local_experts(self) as here:
-            out = (local.compute if counts else local.forward)(here, x, *counts)
+        with use_local_experts(self) as local_experts:
+            out = (local.compute if counts else local.forward)(local_experts, x, *counts)
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(
@@ -122,9 +122,9 @@ class ShardedExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        here = self.sharding.local_expert_ids
-        place = f"experts {here.start} to {here.stop - 1} of {math.prod(self.sharding.expert_dims)} here"
-        return ", ".join(part for part in (super().extra_repr(), place) if part)
+        ids = self.sharding.local_expert_ids
+        local = f"experts {ids.start} to {ids.stop - 1} of {math.prod(self.sharding.expert_dims)} on this rank"
+        return ", ".join(part for part in (super().extra_repr(), local) if part)
 
 
 @cache
@@ -132,4 +132,4 @@ def make_sharded_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of `cls` whose experts are sharded over ranks."""
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     base = () if issubclass(cls, RoutedExperts) else (RoutedExperts,)
-    return type(f"Parallel{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]
+    return type(f"Sharded{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]

@@ -53,7 +53,7 @@ class ExpertParallel(ParallelStyle):
         >>> from torch import nn
         >>> from mixture_of_experts import MoE
         >>> from mixture_of_experts.parallel import ExpertParallel, parallelize_module
-        >>> def spread(model, mesh):
+        >>> def shard(model, mesh):
         ...     return parallelize_module(model, mesh["ep"], {"layers.*.ffn": ExpertParallel()})
     """
 

@@ -116,7 +116,7 @@ class SharedExpert(nn.Module):
         torch.Size([2, 5, 8])
     """
 
-    by_token: ClassVar[bool] = True
+    is_tokenwise: ClassVar[bool] = True
     gate_proj: nn.Linear | None
     up_proj: nn.Linear
     down_proj: nn.Linear

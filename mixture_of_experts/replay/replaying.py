@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixture_of_experts.dispatch.queues import find_places_in_runs
+from mixture_of_experts.dispatch.queues import find_positions_in_runs
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, check_overrides
 from mixture_of_experts.replay.choice_hooks import ChoiceHooks
@@ -133,7 +133,7 @@ class RoutingReplayer(ChoiceHooks):
             tables[:] = [table.to(device) for table in tables]
         if mask is not None and mask.dtype != torch.bool:  # packed rows
             mask = mask.to(device)
-            place = find_places_in_runs(mask.flatten()).view(shape).clamp(max=tables[0].shape[1] - 1)
+            place = find_positions_in_runs(mask.flatten()).view(shape).clamp(max=tables[0].shape[1] - 1)
             return [table[mask.clamp(min=0), place] for table in tables]
         if mask is None:
             index = torch.arange(shape[1], device=device).expand(shape)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.dispatch.queues import Length, queue_up
+from mixture_of_experts.dispatch.capacity import Length
+from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.dispatch.segments import find_segments
 from mixture_of_experts.gating.steps import SCORES

@@ -84,7 +84,7 @@ def track_routing(
     stats = RoutingStats(routers, keep, when)
     with Attachments() as hooks:
         hooks.callback(stats._counter.stop_recording)
-        attach_gate_hooks(routers, lambda router, *told: stats._buffers[router.name].write_row(*told), hooks)
+        attach_gate_hooks(routers, lambda router, *arguments: stats._buffers[router.name].write_row(*arguments), hooks)
         for part in dict.fromkeys(router.enclosing_model for router in routers if router.enclosing_model is not model):
             PartForwards(stats._counter).attach_to(part, hooks)
         stats._counter.attach_to(model, hooks)

@@ -34,6 +34,7 @@ from mixture_of_experts.support.implementations import requested_implementation
 from mixture_of_experts.support.private_torch import (
     disable_dispatch_modes,
     get_original_class,
+    is_checkpoint_wrapper,
     is_in_transform,
     unwrap_module,
 )
@@ -60,7 +61,6 @@ TOKENWISE_MODULES: set[type] = {
     nn.Dropout,
 }
 TOKENWISE_MODULES |= {nn.Sequential, nn.ModuleDict, nn.ParameterDict}
-CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 #: attributes of a class that do not affect outputs or are derived from other attributes
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
@@ -99,7 +99,7 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
     if x.device.type != "cpu":
         reject_batch_invariance(f"the inputs are on {x.device}; move the model and the inputs to a CPU")
     for name, part in parts.items():
-        why = not_tokenwise_reason if name == "shared_expert" else variant_reason
+        why = not_tokenwise_reason if name == "shared_expert" else find_variant_reason
         if part is not None and (reason := why(part)) is not None:
             raise_not_invariant(name, reason)
 
@@ -113,7 +113,7 @@ def raise_not_invariant(name: str, reason: str) -> None:
     )
 
 
-def variant_reason(module: nn.Module) -> str | None:
+def find_variant_reason(module: nn.Module) -> str | None:
     """Return the reason why the bits of a gate's or experts' results may depend on the batch, or None if they do not.
     The module may be wrapped."""
     inner: Any = unwrap_module(module)
@@ -138,10 +138,13 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
     """Return the reason why computing a module in blocks may change its result for a token, or None if it cannot."""
     for part in module.modules():
         kind = get_original_class(part)
-        known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
+        known = kind in TOKENWISE_MODULES or vars(kind).get("is_tokenwise")
         known = known or ask_providers(part, lambda provider, part=part: provider.is_tokenwise(part))
-        if not known and f"{kind.__module__}.{kind.__qualname__}" != CHECKPOINT_WRAPPER:
-            return f"{kind.__name__} is an unknown module; use SharedExpert, or nn.Sequential of nn.Linear and others"
+        if not known and not is_checkpoint_wrapper(part):
+            return (
+                f"{kind.__name__} is not known to process tokens independently; use recipes.SharedExpert, or an "
+                "nn.Sequential of nn.Linear and activations"
+            )
         if isinstance(part, nn.Dropout) and part.training and part.p:
             return f"{part} draws random numbers in training; set its p to 0"
     return None

@@ -169,7 +169,7 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be an integer tensor of shape {tuple(shape)} with the number of tokens in each group, got "
-            f"{lengths.dtype} of shape {tuple(lengths.shape)}; for fractional lengths, pass a queues.Length"
+            f"{lengths.dtype} of shape {tuple(lengths.shape)}; for fractional lengths, pass a capacity.Length"
         )
     return lengths
 
@@ -185,5 +185,5 @@ def describe_shape(result: Any) -> str:
     """Return a tensor's shape, or the type of any other value, for use in an error message."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
-    remedy = " (wrap a MoE, which also returns its loss, in OutputOnly)"
+    remedy = " (wrap an MoE, which also returns its loss, in OutputOnly)"
     return f"a {type(result).__name__}{remedy if isinstance(result, tuple) else ''}"

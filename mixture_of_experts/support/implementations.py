@@ -70,7 +70,7 @@ class Explanation:
     def __str__(self) -> str:
         of_gates = [line for gate in self.gates for line in f"gate: {gate}".splitlines()]
         return "\n".join(
-            [self.implementation, *(f"  not {way}: {reason}" for way, reason in self.reasons.items()), *of_gates]
+            [self.implementation, *(f"  not {name}: {reason}" for name, reason in self.reasons.items()), *of_gates]
         )
 
 

@@ -211,6 +211,11 @@ def get_wrapped_module(module: nn.Module) -> nn.Module | None:
     return ask_providers(module, lambda provider: provider.get_wrapped_module(module)) if inner is None else inner
 
 
+def is_checkpoint_wrapper(module: nn.Module) -> bool:
+    """Return whether a module is torch's wrapper for activation checkpointing."""
+    return WRAPPER_ATTRIBUTES[1] in module._modules
+
+
 def unwrap_module(module: nn.Module) -> nn.Module:
     """Return the module without its wrappers."""
     while (inner := get_wrapped_module(module)) is not None:

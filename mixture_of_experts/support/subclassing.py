@@ -37,9 +37,9 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
     return None
 
 
-def find_declaring_class(kind: type, name: str) -> type:
-    """Return the class of this package from which `kind` inherits the attribute `name`, even if `kind` redefines it."""
-    return next(base for base in kind.__mro__ if name in base.__dict__ and is_package_class(base))
+def find_implementing_class(kind: type) -> type:
+    """Return the class of this package from which `kind` inherits `implementations`, even if `kind` redefines them."""
+    return next(base for base in kind.__mro__ if "implementations" in base.__dict__ and is_package_class(base))
 
 
 def is_package_class(kind: type) -> bool:

@@ -19,20 +19,20 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
             found |= dict.fromkeys(CROSS_SEQUENCE_PROPERTIES, "group_size forms groups across the whole batch")
-    for site in find_all_routers(module):
-        for names, reason in iter_reasons(site):
+    for router in find_all_routers(module):
+        for names, reason in iter_reasons(router):
             found |= dict.fromkeys(names, reason)
     return found
 
 
-def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
+def iter_reasons(router: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names of properties that a router may lack, paired with the reason."""
-    gate = site.gate
-    if site.external is not None:
+    gate = router.gate
+    if router.external is not None:
         yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"
     factors = [getattr(gate, f"capacity_factor_{mode}", None) for mode in ("train", "eval")]
     if any(factor is not None for factor in factors) or (
-        site.external is not None and site.external.capacity is not None
+        router.external is not None and router.external.capacity is not None
     ):
         yield ("causal", "decoding"), "capacity drops choices depending on the other tokens of a group"
     if isinstance(gate, ExpertChoiceGating):

@@ -20,8 +20,8 @@ from mixture_of_experts.gating.bias_rules import (
     BiasRule,
     ForwardChoices,
     RuleName,
-    check_rule,
-    step_of,
+    compute_bias_step,
+    resolve_rule,
 )
 from mixture_of_experts.gating.expert_bias import RANK_LOCAL_BUFFERS, count_in_backward
 from mixture_of_experts.support.attachments import Attachments
@@ -93,7 +93,7 @@ def balance_experts(
         True
     """
     balancing = ExpertBalancing(optimizer, group)
-    balancing.rule = rule = check_rule("rule", rule)
+    balancing.rule = rule = resolve_rule("rule", rule)
     balancing.rate = rule.rate if rate is None else rate
     empty_message = (
         f"no gate of {type(model).__name__} has an expert bias; build its gates with TopKGating(..., expert_bias=True)"
@@ -171,7 +171,7 @@ class GateBiasUpdater:
 
     def update_bias(self, counts: Tensor, rate: float) -> None:
         gate = self.gate
-        gate.move_bias(step_of(self.rule, counts, gate.expert_bias, gate.k, rate, gate.always_chosen))
+        gate.move_bias(compute_bias_step(self.rule, counts, gate.expert_bias, gate.k, rate, gate.always_chosen))
 
 
 def ignore_counts_in_ddp(model: nn.Module) -> None:
@@ -242,7 +242,7 @@ class ExternalBiasUpdater:
 
     def update_bias(self, counts: Tensor, rate: float) -> None:
         if self.is_active:
-            step = step_of(self.rule, counts, self.flat_bias, self.external.k, rate)
+            step = compute_bias_step(self.rule, counts, self.flat_bias, self.external.k, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:

@@ -161,11 +161,11 @@ class ForwardWatch:
     def on_failure(self, call: Any) -> None:
         """Handle the end of a forward pass that raised an error or was interrupted."""
 
-    def attach_to(self, module: nn.Module, hooks: Attachments, *, prepend: bool = True) -> None:
+    def attach_to(self, module: nn.Module, hooks: Attachments) -> None:
         """Register the hooks on a module. If these hooks are registered last, they enclose all other hooks of the
-        module. With `prepend=False`, the call begins after the module's other pre-hooks."""
+        module."""
         hooks.callback(current_call, self)  # drops interrupted calls when the hooks are removed
-        hooks.add_forward_pre_hook(module, self.begin, prepend=prepend)
+        hooks.add_forward_pre_hook(module, self.begin, prepend=True)
         hooks.add_forward_hook(module, self.end, always_call=True)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:

@@ -380,7 +380,7 @@ def test_adapted_experts_are_not_sharded(one_process):
     with pytest.raises(ValueError, match=r"experts is wrapped in a ParamWrapper; .* Adapters on sharded experts"):
         parallelize_module(adapted, mesh, {"moe": ExpertParallel()})
     parallelize_module(sharded, mesh, {"moe": ExpertParallel()})
-    with pytest.raises(ValueError, match=r"w1 of ParallelGatedExperts .* and are not sharded across ranks"):
+    with pytest.raises(ValueError, match=r"w1 of ShardedGatedExperts .*sharded across ranks cannot have adapters"):
         fast_lora(get_peft_model(sharded, LoraConfig(target_modules=[], target_parameters=TARGETS)))
 
 

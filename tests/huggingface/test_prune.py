@@ -296,7 +296,7 @@ def make_normed() -> nn.Module:
 class OwnGate(TopKGating):
     """Scores of its own may know of the number of experts."""
 
-    def _ranked(self, logits, score):
+    def _rank_experts(self, logits, score):
         return score.detach()
 
 

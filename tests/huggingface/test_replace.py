@@ -193,7 +193,7 @@ def test_weights_that_add_up_to_another_number(granularity, scale):
         lambda d, e: TopKGating(d, e, 4, normalize=False),
         lambda d, e: TopKGating(d, e, weigh="softmax", normalize=False, scale=0.5),
         lambda d, e: TopKGating(d, e, weigh=LearnedScale(e)),
-        lambda d, e: TopKGating(d, e, normalize=NormalizeBy(least=1e-12)),
+        lambda d, e: TopKGating(d, e, normalize=NormalizeBy(eps=1e-12)),
         lambda d, e: TopPGating(d, e, 3, normalize=True),
         lambda d, e: CustomGate(d, e, normalize=True),  # its weights are computed once to see
         NoisyTopKGating,

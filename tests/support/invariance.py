@@ -56,8 +56,8 @@ class MyTopKGating(gating.TopKGating):
 class CentredTopKGating(gating.TopKGating):
     """A subclass whose choices depend on the other tokens of the call."""
 
-    def _scored(self, x: Tensor, *others: Any) -> Any:
-        return super()._scored(x - x.mean(dim=(-3, -2), keepdim=True), *others)
+    def _compute_scores(self, x: Tensor, *others: Any) -> Any:
+        return super()._compute_scores(x - x.mean(dim=(-3, -2), keepdim=True), *others)
 
 
 class MyGate(gating.TokenChoiceGate):

@@ -553,11 +553,11 @@ def check_no_leak_between_calls() -> None:
     moe(torch.randn(2, LENGTH, DIM))
     here = len(moe.experts.sharding.local_expert_ids)
     assert RecordingExperts.seen == [
-        ("ParallelRecordingExperts", EXPERTS, EXPERTS),
+        ("ShardedRecordingExperts", EXPERTS, EXPERTS),
         ("RecordingExperts", here, here),
     ]
     assert moe.experts.last == here
-    assert type(moe.experts).__name__ == "ParallelRecordingExperts"
+    assert type(moe.experts).__name__ == "ShardedRecordingExperts"
     assert moe.experts.num_experts == len(moe.experts.inner.w1) == EXPERTS
 
 

@@ -49,8 +49,8 @@ from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 from mixture_of_experts.ops.triton.row_permutation import (
     permute_by_kernel,
     queued_choices,
-    triton_few_plan,
-    triton_plan,
+    triton_permute,
+    triton_permute_few,
 )
 from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
@@ -659,7 +659,7 @@ def check_queues(e: int, k: int, n: int) -> None:
                 assert torch.equal(got.position, wanted.position[group])
                 assert torch.equal(got.length, wanted.length[group])
     assert len(queued) == 6
-    assert not queues._kernels_serve(expert, queues.MAX_KERNEL_EXPERTS + 1)
+    assert not queues._kernels_support(expert, queues.MAX_KERNEL_EXPERTS + 1)
 
 
 TOPK_GATES = {
@@ -690,14 +690,21 @@ def check_topk_kernel(name: str, e: int, dtype: torch.dtype) -> None:
         patch.setattr(topk_by_kernel.SELF_CHECK, "verdicts", {})
         assert topk_by_kernel._self_check_failure(gate, torch.zeros(1, 1, 8, dtype=dtype)) is None
         patch.setattr(top_k, "launch_kernel", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
-        for b, n in ((1, 1), (3, 1), (2, topk_by_kernel.LONGEST), (1, 3), (1, topk_by_kernel.LONGEST + 1), (0, 1)):
+        for b, n in (
+            (1, 1),
+            (3, 1),
+            (2, topk_by_kernel.MAX_TOKENS),
+            (1, 3),
+            (1, topk_by_kernel.MAX_TOKENS + 1),
+            (0, 1),
+        ):
             x = torch.randn(b, n, 8, dtype=dtype)
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
                 with ops.use("triton"), watch_memory(top_k, queueing) if tokens.isfinite().all() else nullcontext():
                     found = gate(tokens)
-                assert len(calls) == (n <= topk_by_kernel.LONGEST and b > 0)
+                assert len(calls) == (n <= topk_by_kernel.MAX_TOKENS and b > 0)
                 with ops.use("plain"):
                     wanted = gate(tokens)
                 assert len(calls) <= 1
@@ -900,8 +907,8 @@ def check_operators() -> None:
     torch.library.opcheck(operators.triton_ffn, (*arguments, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, True, True, False))
     assignments = join_groups(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
-    torch.library.opcheck(triton_plan, (*queued_choices(assignments), 4, 2, 40))
-    torch.library.opcheck(triton_few_plan, (assignments.expert, assignments.kept, 4, 2))
+    torch.library.opcheck(triton_permute, (*queued_choices(assignments), 4, 2, 40))
+    torch.library.opcheck(triton_permute_few, (assignments.expert, assignments.kept, 4, 2))
     line = assignments.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])
     torch.library.opcheck(queueing.queue_assignments, (line, line > 0, order, 4, 2, True))

@@ -245,9 +245,9 @@ def run_operators(case: Case, operators, row_permutation) -> None:
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     length = torch.empty(e, dtype=torch.int64)
-    row_permutation.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
-    row_permutation.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
-    row_permutation.triton_few_plan._init_fn(index, flag, e, 2)
+    row_permutation.triton_permute._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
+    row_permutation.triton_permute._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
+    row_permutation.triton_permute_few._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 

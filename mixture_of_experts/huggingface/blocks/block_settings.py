@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mixture_of_experts.gating.bias_rules import check_scores
+from mixture_of_experts.gating.bias_rules import check_rule_supports_router, scores_insufficient_reason
 from mixture_of_experts.gating.steps import AlwaysChosen, NormalizeBy, OpenGroups
 from mixture_of_experts.huggingface.blocks.block_classes import (
     BLOCK_ATTRIBUTES,
@@ -147,11 +147,11 @@ class BlockSettings(ExternalRouter):
     @property
     def scale(self) -> float:
         """The factor applied to the experts' output: the product of the router's scale and the block's scale."""
-        product = 1.0
+        scale = 1.0
         for holder in (self.router, self.module):
             factor = find_attribute(holder, *BLOCK_ATTRIBUTES["scale"])
-            product *= 1.0 if factor is None else float(factor)
-        return product / 2 if self.averages_shared_expert else product
+            scale *= 1.0 if factor is None else float(factor)
+        return scale / 2 if self.averages_shared_expert else scale
 
     @property
     def averages_shared_expert(self) -> bool:
@@ -172,7 +172,7 @@ class BlockSettings(ExternalRouter):
         if find_attribute(self.router, "expert_selection_fn") == "softmax":
             settings |= dict(weigh="softmax", normalize=True)
         if (minimum := find_attribute(self.router, "norm_min")) is not None:
-            settings["normalize"] = NormalizeBy(least=float(minimum))
+            settings["normalize"] = NormalizeBy(eps=float(minimum))
         if hasattr(self.module, "moe_normalize_expert_weights"):
             order = self.module.moe_normalize_expert_weights
             settings["normalize"] = False if order is None else NormalizeBy(p=float(order))
@@ -203,5 +203,6 @@ class BlockSettings(ExternalRouter):
         if rule.reads_scores:
             settings = self.gate_arguments()  # arguments that a conversion would pass to the gate
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
-            check_scores(rule, repr(name), settings["k"], self.num_experts, select, num_groups)
+            reason = scores_insufficient_reason(settings["k"], self.num_experts, select, num_groups)
+            check_rule_supports_router(rule, repr(name), reason)
         super().check_rule(rule, name)

@@ -78,9 +78,9 @@ def fast_lora(model: ModelT) -> ModelT:
         raise ValueError(
             f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
             f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that do not override "
-            "forward and are not sharded across ranks. Let PEFT adapt such experts with target_parameters in "
-            "LoraConfig, such as ['experts.w1', 'experts.w3', 'experts.w2']. If the model uses its own experts from "
-            "transformers, convert it with from_transformers() before adding adapters"
+            "forward. Let PEFT adapt other experts with target_parameters in LoraConfig, such as ['experts.w1', "
+            "'experts.w3', 'experts.w2']. Experts that are sharded across ranks cannot have adapters. If the model "
+            "uses its own experts from transformers, convert it with from_transformers() before adding adapters"
         )
     for module in found:
         module.__class__ = ParamWrapper

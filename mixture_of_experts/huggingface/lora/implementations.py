@@ -28,12 +28,12 @@ def run_with_operators(call: Call, product: plain.ProductFunction = plain.expert
     return plain.run_permuted(call.x, permutation, call.network, partial(multiply_adapted, product))
 
 
-def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any) -> Tensor:
-    """Return `product(x, weight, rows_per_expert)` for a weight that may have a low-rank update."""
+def multiply_adapted(product: Any, x: Tensor, weight: Any, expert_counts: Any) -> Tensor:
+    """Return `product(x, weight, expert_counts)` for a weight that may have a low-rank update."""
     if isinstance(weight, Tensor):
-        return product(x, weight, rows_per_expert)
-    low_rank_activation = product(x, weight.down, rows_per_expert)
-    return product(x, weight.weight, rows_per_expert) + product(low_rank_activation, weight.up, rows_per_expert)
+        return product(x, weight, expert_counts)
+    low_rank_activation = product(x, weight.down, expert_counts)
+    return product(x, weight.weight, expert_counts) + product(low_rank_activation, weight.up, expert_counts)
 
 
 def run_on_cpu(call: Call) -> Tensor:

@@ -118,7 +118,7 @@ def replace_ffn(
     check_optional_size("shared_expert", shared_expert)
     make_gate = make_gate_factory(gate, k, model)
 
-    def build(place: NetworkLocation, dense: DenseFFN) -> MoE:
+    def build(_location: NetworkLocation, dense: DenseFFN) -> MoE:
         return build_moe(dense, num_experts, make_gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
 
     return replace_networks(model, find_networks(model, layers, adapters), build)
@@ -191,7 +191,7 @@ def upcycle(
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = make_gate_factory(gate, k, model)
 
-    def build(place: NetworkLocation, dense: DenseFFN) -> MoE:
+    def build(_location: NetworkLocation, dense: DenseFFN) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
             raise ValueError(f"granularity={g} must divide the {rest} hidden units not used by shared_expert={shared}")
@@ -381,9 +381,9 @@ def replace_networks(
         dense = read_dense_ffn(location.module, location.adapter)
         if not location.adapter.slot:
             check_equivalent(location, dense)
-        stands_for = "" if location.adapter.slot else location.adapter.linears()["1"]
+        placeholder_path = "" if location.adapter.slot else location.adapter.linears()["1"]
         moe, masked = build(location, dense), uses_model_mask(model, location.moe_path)
-        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, replaced_path=stands_for)
+        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, replaced_path=placeholder_path)
         feed_forward.to(dense.reference_weight)
         built.append(feed_forward.train(location.module.training))
     for location, feed_forward in zip(locations, built, strict=True):

@@ -26,7 +26,7 @@ class ExpertBatch(NamedTuple):
 
     experts: slice
     num_experts: int
-    rows_per_expert: int  # number of rows per expert
+    padded_rows: int  # number of rows per expert, including padding
     start: int  # index of the first row
     stop: int
 

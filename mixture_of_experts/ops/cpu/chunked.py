@@ -20,7 +20,7 @@ from torch import Tensor
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import Permutation, permute_with_padding
 from mixture_of_experts.dispatch.rows import sum_rows
-from mixture_of_experts.ops import autograd, row_network
+from mixture_of_experts.ops import row_network
 from mixture_of_experts.ops.batched import SlotLayout
 from mixture_of_experts.ops.cpu.batches import MAX_CHUNK_BYTES, ExpertBatch, make_batches, make_chunks
 from mixture_of_experts.ops.matmul import matmul_into
@@ -50,11 +50,7 @@ def run(call: Call, row_functions: row_network.RowFunctions = row_network, block
     permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
     # use SlotLayout if there are no rows
     make_layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout
-    pair = (
-        partial(row_network.forward_rows, make_layout, row_functions),
-        partial(row_network.backward_rows, make_layout, row_functions),
-    )
-    return autograd.run_differentiable(*pair, x, permutation, network)
+    return row_network.run_layout(make_layout, row_functions, x, permutation, network)
 
 
 def permute_to_chunks(
@@ -77,7 +73,7 @@ def permute_to_chunks(
         batches = make_batches(counts, row_work, threads, max_rows)
         padded = [0] * len(counts)
         for batch in batches:
-            padded[batch.experts] = [batch.rows_per_expert] * batch.num_experts
+            padded[batch.experts] = [batch.padded_rows] * batch.num_experts
         chunks.extend(make_chunks(batches, max_rows))
         return torch.tensor(padded, device=needed.device), sum(padded)
 
@@ -92,14 +88,14 @@ class ChunkLayout(row_network.RowLayout):
         blocks: limits on the number of rows that are computed at a time, or None for no limit.
         token_of_row: the token of each row, `(r,)`. The token of an empty row is arbitrary.
         empty: bool mask of the empty rows, `(r,)`.
-        here, token, padding: the rows of the current chunk, their tokens, and the empty rows among them.
+        chunk_rows, token, padding: the rows of the current chunk, their tokens, and the empty rows among them.
         chunk, sizes: the batches of the current chunk, and the number of rows in each batch.
     """
 
     blocks: RowBlocking | None
     token_of_row: Tensor
     empty: Tensor
-    here: slice
+    chunk_rows: slice
     token: Tensor
     padding: Tensor
     chunk: list[ExpertBatch]
@@ -112,14 +108,14 @@ class ChunkLayout(row_network.RowLayout):
         self.empty = permutation.token == permutation.num_tokens
 
     def enter_chunk(self, chunk: list[ExpertBatch]) -> None:
-        self.here = slice(chunk[0].start, chunk[-1].stop)
-        self.token, self.padding = self.token_of_row[self.here], self.empty[self.here].nonzero().squeeze(-1)
+        self.chunk_rows = slice(chunk[0].start, chunk[-1].stop)
+        self.token, self.padding = self.token_of_row[self.chunk_rows], self.empty[self.chunk_rows].nonzero().squeeze(-1)
         self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
 
     def select_chunk(self, values: Tensor) -> Tensor:
-        return values[self.here]
+        return values[self.chunk_rows]
 
-    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+    def allocate_gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
         grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
         assert self.permutation.rows_per_expert is not None
         if unused := [expert for expert, number in enumerate(self.permutation.rows_per_expert.tolist()) if not number]:
@@ -132,7 +128,7 @@ class ChunkLayout(row_network.RowLayout):
         several."""
         split = zip(self.chunk, rows.split(self.sizes), strict=True)
         return [
-            part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
+            part if one.num_experts == 1 else part.view(one.num_experts, one.padded_rows, -1) for one, part in split
         ]
 
     def select_experts(self, stack: Tensor) -> list[Tensor]:
@@ -170,7 +166,7 @@ class ChunkLayout(row_network.RowLayout):
             x, weight = pairs[0]
             self.row_outputs: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
             self.row_outputs[-1:].zero_()
-        y = self.row_outputs[self.here]
+        y = self.row_outputs[self.chunk_rows]
         for i, (x, weight) in enumerate(pairs):
             self.multiply_rows(x, weight, y, add=i > 0)
         return y

@@ -99,6 +99,7 @@ class GatherIndices(NamedTuple):
     Attributes:
         indices: `(r parts p,)`, indices into the rows of all experts' weights.
         offsets: `(r parts,)`, start of each sum in `indices`.
+        parts: number of parts into which each weight row is split.
     """
 
     indices: Tensor
@@ -130,18 +131,18 @@ def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multi
     `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
-    expert, k, device = assignments.expert.tolist(), assignments.k, x.device
-    kept = compress(range(len(expert)), assignments.kept.tolist())
-    order = sorted(kept, key=expert.__getitem__)  # assignment of each row
-    used = [(e, len(list(rows))) for e, rows in groupby([expert[a] for a in order])]
+    expert_ids, k, device = assignments.expert.tolist(), assignments.k, x.device
+    kept = compress(range(len(expert_ids)), assignments.kept.tolist())
+    order = sorted(kept, key=expert_ids.__getitem__)  # assignment of each row
+    expert_counts = [(e, len(list(rows))) for e, rows in groupby([expert_ids[a] for a in order])]
     token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
     of_row = None
     if any(bias is not None for bias in (*network.b_in, network.b_out)):
-        of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
+        of_row = torch.tensor([expert_ids[a] for a in order], dtype=torch.int64, device=device)
 
-    product = partial(multiply, rows_per_expert=used)
+    product = partial(multiply, expert_counts=expert_counts)
     rows = x
     if token is not None:
         rows = x.index_select(0, token)

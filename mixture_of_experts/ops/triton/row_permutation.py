@@ -48,9 +48,9 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
     k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
     if uses_comparison(assignments, max_compared):
-        made = triton_few_plan(assignments.expert, assignments.kept, e, k)
+        made = triton_permute_few(assignments.expert, assignments.kept, e, k)
     else:
-        made = triton_plan(*queued_choices(assignments), e, k, rows)
+        made = triton_permute(*queued_choices(assignments), e, k, rows)
     row, assignment, token, rows_per_expert = made
     sizes = (k, assignments.num_tokens, rows, assignments.expert_dims)
     return Permutation(row, assignment, assignments.weight, token, rows_per_expert, *sizes)
@@ -77,8 +77,8 @@ def queued_choices(
     return *flat, count_queue_rows(routing), assignments.slot_of_outer_choice, *sizes  # type: ignore[return-value]
 
 
-@torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
-def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("mixture_of_experts::triton_permute_few", mutates_args=())
+def triton_permute_few(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the `RowTables` for a small number of assignments, given `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
     The run time is quadratic in a. Only kept assignments have rows.
@@ -99,13 +99,13 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
     return tables
 
 
-@triton_few_plan.register_fake
+@triton_permute_few.register_fake
 def _(expert, kept, num_experts, k):
     return allocate_tables(expert.shape[0], expert.shape[0], num_experts, expert, kept)
 
 
-@torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
-def triton_plan(
+@torch.library.custom_op("mixture_of_experts::triton_permute", mutates_args=())
+def triton_permute(
     expert: Tensor,
     position: Tensor,
     chosen: Tensor,
@@ -159,7 +159,7 @@ def triton_plan(
     return tables
 
 
-@triton_plan.register_fake
+@triton_permute.register_fake
 def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_gate, experts_of_router, e, k, rows):
     number = count_assignments(expert, slot, choices_of_gate)
     return allocate_tables(number, rows, e, expert, position, chosen, kept, length, slot)

@@ -5,6 +5,8 @@ Axes: r (rows sorted by expert), e (experts), s (slots per expert).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,7 +48,7 @@ def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
 
 
-def check_fingerprints(fingerprints: list[list[int]]) -> None:
+def check_fingerprints(fingerprints: Iterable[tuple[int, int]]) -> None:
     """Raise a ValueError if ranks that share a batch chose different experts for it. A batch ID of 0 means that the
     batch is not shared."""
     chosen: dict[int, int] = {}
