@@ -10,6 +10,8 @@ so the results are deterministic. The other implementations in `ops` gather and 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -85,10 +87,16 @@ class _Combine(torch.autograd.Function):
         if weight is None:
             return spread, None, None, None, None, None, None
         assignment = token if assignment is None else assignment
-        spread, empty = spread.to(weight.dtype), (assignment == weight.shape[0]).unsqueeze(-1)
-        grad_row_weight = (spread * rows.masked_fill(empty, 0)).sum(dim=-1)
+        spread = spread.to(promote_with_float32(rows.dtype, weight.dtype))
+        empty = (assignment == weight.shape[0]).unsqueeze(-1)
+        grad_row_weight = (spread * rows.masked_fill(empty, 0)).sum(dim=-1).to(weight.dtype)
         grad_rows = (spread * append(weight, 0)[assignment].unsqueeze(-1)).to(rows.dtype)
         return grad_rows, append(grad_row_weight, 0)[row], None, None, None, None, None
+
+
+def promote_with_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype to which the given dtypes and float32 are promoted."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def read_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -106,9 +114,7 @@ def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k:
 
     For expert choice, `k` is None, `weight` has one entry per row, and `token` contains the token of each row.
     """
-    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
-    if weight is not None:
-        dtype = torch.promote_types(dtype, weight.dtype)
+    dtype = promote_with_float32(rows.dtype, *([] if weight is None else [weight.dtype]))
     if k is None:
         rows_in = rows.to(dtype)
         if weight is not None:
