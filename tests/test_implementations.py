@@ -195,3 +195,30 @@ def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
             torch.testing.assert_close(got, wanted)
         frames.add(counter.frame_count)
     assert len(frames) == 1 or not ONE_DYNAMIC_GRAPH
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "plain"])
+@pytest.mark.parametrize(("dtype", "narrow"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_gradients_with_narrower_weights(implementation, dtype, narrow):
+    """Weights of routing in fewer bits than the experts, as autocast makes them, round no gradient but their own."""
+    torch.manual_seed(0)
+    x, w1, w2 = torch.randn(9, DIM), torch.randn(E, DIM, HIDDEN), torch.randn(E, HIDDEN, DIM)
+    expert, weight = torch.rand(9, E).topk(2).indices, torch.rand(9, 2).to(narrow)
+
+    def compute_gradients(dtype, narrow, implementation):
+        leaves = [*(value.to(dtype).requires_grad_() for value in (x, w1, w2)), weight.to(narrow).requires_grad_()]
+        with ops.use(implementation):
+            out = ops.moe_ffn(leaves[0], expert, leaves[3], *leaves[1:3], activation=nn.functional.silu, training=True)
+        return torch.autograd.grad(out.sin().sum(), leaves)
+
+    found, wanted = compute_gradients(dtype, narrow, implementation), compute_gradients(*[torch.float64] * 2, "plain")
+    for one, other in zip(found[:3], wanted, strict=False):
+        relative = (one.double() - other).norm() / other.norm()
+        assert relative < (3e-6 if dtype == torch.float32 else 1e-14)
+    assert found[3].dtype == narrow
+
+
+def test_an_activation_with_its_own_forward_is_called():
+    layer = MoE(DIM, gate=TopKGating(DIM, E), experts=Experts(DIM, E, HIDDEN))
+    layer.experts.act.forward = lambda h: torch.zeros_like(h)
+    assert not layer(torch.randn(1, 5, DIM))[0].any()

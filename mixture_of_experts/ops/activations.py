@@ -331,4 +331,6 @@ def unknown_activation_reason(activation: ActivationLike) -> str | None:
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"
     if has_hooks(activation):
         return "the activation has hooks, which run only if it is called"
+    if "forward" in activation.__dict__:
+        return "the activation has its own forward, which runs only if it is called"
     return None
