@@ -111,10 +111,15 @@ class TokensReader:
         """Return the metadata of the tokens in a forward pass with these arguments."""
         return TokenMetadata()
 
-    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
+    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int | None]:
         """Return the cache in these arguments (or None) and the number of real tokens in the cache. The number is
-        either a tensor `(b,)` or an integer that applies to all sequences."""
+        either a tensor `(b,)` or an integer that applies to all sequences, or None if the arguments do not determine
+        it."""
         return None, 0
+
+    def get_cached_length(self, cache: Any) -> int | None:
+        """Return the number of tokens in a cache, including padding, or None if it is unknown."""
+        return None
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
         """Return a tensor that the cache replaces when its sequences are reordered, or None if there is no such

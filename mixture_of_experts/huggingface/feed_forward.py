@@ -121,8 +121,9 @@ class MoEFeedForward(Replaced):
         tokens, shape = x, call.tokens.shape
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, but the model flattens them
-        side = self._get_mask_input(call, x) | self._get_token_ids_input(call, tokens)
-        side |= self._get_segment_ids_input(call, tokens)
+        side = self._get_token_ids_input(call, tokens) | self._get_segment_ids_input(call, tokens)
+        if call.tokens.segment_ids is None or SEGMENT_IDS in side:  # otherwise, rows are single groups without padding
+            side |= self._get_mask_input(call, x)
         if side or tokens is not x:
             self._check_checkpointing(call)
         out, aux_loss, *state = self.moe(tokens, **side, **side_inputs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.providers import TokenMetadata, TokensReader
@@ -56,9 +57,12 @@ class ArgumentsReader(TokensReader):
         arguments = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         return arguments | {name: kwargs[name] for name in self.argument_names if name in kwargs}
 
-    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
+    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int | None]:
         arguments = self.pick_arguments(args, kwargs)
         return get_cache(arguments), count_seen_tokens(arguments)
+
+    def get_cached_length(self, cache: Any) -> int:
+        return int(cache.get_seq_length())
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
         """Return the keys in the first cache layer that contains keys, or None if no layer contains any."""
@@ -77,7 +81,8 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
     b, n = shape
     metadata = TokenMetadata(shape=(b, n), ids=tokens)
     if mask is None:
-        return metadata._replace(segment_ids=find_documents(arguments, (b, n)))
+        documents = find_documents(arguments, (b, n))
+        return metadata._replace(segment_ids=documents, mask=find_real_tokens(documents, tokens))
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
         token_mask = mask[:, -n:].bool()
         # in a decoding step of `generate`, all tokens are real
@@ -117,6 +122,22 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     return documents.expand(b, n)
 
 
+def find_real_tokens(documents: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """Return a bool mask `(b, n)` of the tokens that are not padding, given the document id and the token id of each
+    token in packed rows, both `(b, n)`. Return None if the rows are not packed or have no padding.
+
+    A collator that pads packed rows, such as TRL's with `pad_to_multiple_of`, makes each padding token a document.
+    Therefore, two or more equal tokens at the end of a row are padding if each of them is a document.
+    """
+    if documents is None or ids is None:
+        return None
+    starts = F.pad(documents.diff(dim=-1) != 0, (1, 1), value=True)
+    is_padding = starts[:, :-1] & starts[:, 1:] & (ids == ids[:, -1:])
+    is_padding = (~is_padding).flip(-1).cumsum(dim=-1).flip(-1) == 0  # after the last other token
+    real = ~is_padding | (is_padding.sum(dim=-1, keepdim=True) < 2)
+    return None if not is_distributed() and is_host_readable(real) and bool(real.all()) else real
+
+
 def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -132,16 +153,24 @@ def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
+def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int | None:
     """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as a single number for all
-    sequences."""
+    sequences. Return None if the attention mask includes only the last cached tokens."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
+    if count_missing_keys(mask, cached):
+        return None
     # use the mask row that belongs to the first new token
     return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)
+
+
+def count_missing_keys(mask: Tensor, cached: int) -> int:
+    """Return the number of earliest tokens that an attention mask `(b, n, m)` or `(b, heads, n, m)` omits because they
+    are outside the sliding window of all layers."""
+    return max(cached + mask.shape[-2] - mask.shape[-1], 0)
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
@@ -173,6 +202,7 @@ def mask_from_diagonal(mask: Tensor, arguments: Mapping[str, Any]) -> Tensor | N
     n = mask.shape[-2]
     if n == 1:
         return None
-    seen = count_cached_tokens(arguments)
-    token_rows = select_first_head(mask)[..., seen : seen + n]
+    cached = count_cached_tokens(arguments)
+    first = cached - count_missing_keys(mask, cached)
+    token_rows = select_first_head(mask)[..., first : first + n]
     return to_bool_mask(token_rows.diagonal(dim1=-2, dim2=-1))

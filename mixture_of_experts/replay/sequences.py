@@ -142,7 +142,7 @@ class SequenceCall(ForwardCall):
     """A forward pass in progress, for a model that contains gates."""
 
     tokens: TokenMetadata
-    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or one number for all
+    num_seen: Any  # number of real tokens in each cached sequence, `(b,)` or one number for all
     cache: Any  # the key-value cache, if any
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
     choices: dict[str, Any] = field(default_factory=dict)  # choices that gates made or received
@@ -164,6 +164,30 @@ class SequenceCall(ForwardCall):
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
+    def count_tokens(self) -> Tensor | int | None:
+        """Return the number of real tokens in each sequence after this forward pass, `(b,)` or one number for all, or
+        None if it is unknown."""
+        if self.tokens.shape is None or self.tokens.mask_unknown_reason is not None:
+            return None
+        return self.num_seen + (self.tokens.shape[1] if self.tokens.mask is None else self.tokens.mask.sum(dim=-1))
+
+
+class LastCache(NamedTuple):
+    """The key-value cache after a forward pass.
+
+    Attributes:
+        cache, keys: weak references to the cache and to its keys.
+        shape: shape of the keys.
+        length: the result of `TokensReader.get_cached_length`.
+        num_tokens: the result of `SequenceCall.count_tokens`.
+    """
+
+    cache: Any
+    keys: Any
+    shape: torch.Size
+    length: int | None
+    num_tokens: Tensor | int | None
+
 
 class SequenceWatch(ForwardWatch):
     """Tracks the sequences in forward passes of a model that contains gates.
@@ -178,12 +202,13 @@ class SequenceWatch(ForwardWatch):
     def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
-        # weak references to the last cache and to its keys, and the shape of the keys
-        self.last_cache: tuple[Any, Any, Any] | None = None
+        self.last_cache: LastCache | None = None
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
         cache, num_seen = self.reader.read_cache(args, kwargs)
         self.check_no_beam_search(cache)
+        if num_seen is None:
+            num_seen = self.recall_num_tokens(cache)
         return SequenceCall(self.reader(args, kwargs), num_seen, cache)
 
     def on_success(self, call: SequenceCall, output: object) -> None:
@@ -196,7 +221,11 @@ class SequenceWatch(ForwardWatch):
                 "first compiled call"
             )
         keys = self.reader.get_cached_keys(call.cache)
-        self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
+        if keys is None:
+            self.last_cache = None
+        else:
+            length, num_tokens = self.reader.get_cached_length(call.cache), call.count_tokens()
+            self.last_cache = LastCache(weakref.ref(call.cache), weakref.ref(keys), keys.shape, length, num_tokens)
         if self.owner.pending_forwards is not None:
             self.owner.pending_forwards.append(call.choices)
 
@@ -207,14 +236,27 @@ class SequenceWatch(ForwardWatch):
         Swapping replaces tensors in the cache with others of the same shape.
         """
         keys = self.reader.get_cached_keys(cache)
-        if keys is None or self.last_cache is None or self.last_cache[0]() is not cache:
+        if keys is None or self.last_cache is None or self.last_cache.cache() is not cache:
             return
-        if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
+        if self.last_cache.keys() is not keys and self.last_cache.shape == keys.shape:
             raise RuntimeError(
                 "the sequences in the cache were reordered between two forward passes, as in beam search (num_beams > "
                 "1), so their choices cannot be recorded or replayed; generate without beam search, or run another "
                 "forward pass over the finished sequences"
             )
+
+    def recall_num_tokens(self, cache: Any) -> Tensor | int:
+        """Return the number of real tokens that the last forward pass left in the cache. Raise an error if the last
+        forward pass had another cache, or if this cache has been cropped since then."""
+        last = self.last_cache
+        is_same = last is not None and last.cache() is cache and last.length == self.reader.get_cached_length(cache)
+        if last is None or not is_same or last.num_tokens is None:
+            raise RuntimeError(
+                "a forward pass continues cached sequences, but its attention mask includes only the last tokens, so "
+                "the number of earlier tokens is unknown; run all forward passes over these sequences in the context, "
+                "without cropping the cache or using another one in between, or pass a 2-D attention mask"
+            )
+        return last.num_tokens
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
         """Return the current forward pass, or None if called in another thread or while a backward pass recomputes the

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixture_of_experts import Routing, TopKGating
+from mixture_of_experts import ExpertChoiceGating, Routing, TopKGating
 from mixture_of_experts.huggingface import aux_loss, from_transformers, replace_ffn
 from mixture_of_experts.huggingface.model_arguments import read_token_metadata
 from mixture_of_experts.replay import record_routing, replay_routing
@@ -331,3 +331,59 @@ def test_records_pass_between_a_stock_model_and_its_layers():
         assert records.lengths(records.layers[0]) == [*LENGTHS]
         with replay_routing(other, records), torch.no_grad():
             torch.testing.assert_close(other(**given).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad.*to a scalar:UserWarning")
+def test_padding_of_a_collator_is_no_document():
+    """TRL pads the packed row for `pad_to_multiple_of`, and passes no mask."""
+    trainers = pytest.importorskip("trl.trainer.sft_trainer")
+    model, documents = make_llama(None), [{"input_ids": ids.tolist()} for ids in make_documents()]
+    results = []
+    for multiple in (None, 32):
+        collate = trainers.DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=multiple)
+        batch = collate(documents)
+        assert batch["input_ids"].shape[1] == (multiple or sum(LENGTHS))
+        with track_routing(model.train()) as stats:
+            model(**batch)
+        record = stats.last(stats.layers[0])
+        assert (record.tokens, record.groups) == (sum(LENGTHS), len(LENGTHS))
+        results.append(aux_loss(model))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
+def test_onnxruntime_computes_padded_packed_rows(tmp_path):
+    """The padding is found in the graph."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_llama(None).float().eval()
+
+        def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+            return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    module, ids = Logits().eval(), torch.randint(1, 64, (1, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0]])
+    ids[0, -3:] = 0
+    program: Any = torch.onnx.export(module, (ids, positions), dynamo=True)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    feed = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), (ids, positions), strict=True)}
+    (found,) = session.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(found), module(ids, positions), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_packed_rows_is_not_passed_to_layers_without_packing():
+    """Their rows are single groups; a mask would be refused under a caller's own checkpointing."""
+    model = make_llama(None)
+    for layer in model.model.layers:
+        layer.mlp.moe.gate = ExpertChoiceGating(SIZES["hidden_size"], 4).double()
+    batch = make_packed()
+    padded = {name: torch.cat([value, torch.zeros_like(value[:, :3])], dim=1) for name, value in batch.items()}
+    padded.pop("labels", None)
+    with track_routing(model) as stats:
+        model(**padded)
+    assert stats.last(stats.layers[0]).tokens == padded["input_ids"].shape[1]

@@ -13,6 +13,7 @@ from support.transformers_blocks import BLOCKS, EXCLUDED_BLOCKS, BlockInModel, m
 from support.transformers_models import ARCHITECTURES, disable_dropout, make_two_lengths
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import DynamicCache, StaticCache
 
 from mixture_of_experts import MoE, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_transformers, replace_ffn
@@ -251,3 +252,37 @@ def test_our_gate_in_foreign_layer():
     with pytest.raises(ValueError, match=r"the model has 2 gates .*, but the records have 1 \(gate\)"):
         replay_routing(model, RoutingRecords({"gate": [torch.zeros(5, 2, dtype=torch.int64)]})).__enter__()
     assert isinstance(model.model.layers[0].mlp.moe.gate, Top2Gating | TopKGating)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_generation_with_sliding_windows_and_a_static_cache(chunk):
+    """The masks of this cache have columns for the last tokens alone."""
+    model = build_sparse("Mixtral", sliding_window=6)
+    prompt, mask = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, 0] = 0
+    settings: Any = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, prefill_chunk_size=chunk)
+    with record_routing(model) as records:
+        tokens = model.generate(prompt, attention_mask=mask, **settings, cache_implementation="static")
+    assert records.lengths(records.layers[0]) == [8 + 4, 9 + 4]
+    mask = torch.cat([mask, torch.ones(2, 5, dtype=torch.int64)], dim=1)
+    assert_records_equal(record_forward(model, tokens[:, :-1], attention_mask=mask[:, :-1]), records)
+    cache = StaticCache(model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+    message = "the number of earlier tokens is unknown; run all forward passes"
+    with pytest.raises(RuntimeError, match=message), record_routing(model):
+        model(tokens[:, :1], cache=cache, attention_mask=torch.ones(2, 1, 1, 6, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_a_cropped_cache_of_sliding_windows_is_rejected():
+    """Which of its tokens are padding is unknown: the masks do not tell, and the count was that of the whole cache."""
+    model, tokens = build_sparse("Mixtral", sliding_window=6), torch.randint(3, 64, (1, 15))
+    with record_routing(model):
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        model(tokens[:, :10], cache=cache)
+        cache.crop(-2)
+        mask = torch.ones(1, 1, 2, 7, dtype=torch.bool)
+        with pytest.raises(RuntimeError, match="without cropping the cache or using another one in between"):
+            model(tokens[:, 8:10], cache=cache, attention_mask=mask)
