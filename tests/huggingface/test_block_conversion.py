@@ -17,6 +17,7 @@ from support.transformers_blocks import (
     EXCLUDED_BLOCKS,
     can_convert,
     can_convert_back,
+    compare_block,
     has_backend,
     is_tracked,
     make_block,
@@ -233,3 +234,11 @@ def test_rejects_different_layers():
         from_transformers(block)
     with pytest.raises(ValueError, match=r"Linear is not a supported block; .* such as DeepseekV3MoE"):
         from_transformers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3MoE", "Dots1MoE"])
+def test_weights_are_not_normalized_if_the_setting_is_none(name):
+    block = make_block(name).eval()
+    (block if hasattr(block, "norm_topk_prob") else block.gate).norm_topk_prob = None
+    assert from_transformers(block).gate.normalize is False
+    assert compare_block(block, from_transformers(block)).value < 1e-5

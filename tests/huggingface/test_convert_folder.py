@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.transformers_families import build_model as build_family
 from support.transformers_models import ARCHITECTURES
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLMoeForConditionalGeneration
 
 from mixture_of_experts.huggingface import expert_scores, fast_lora, from_transformers, prune, upcycle
 from mixture_of_experts.huggingface.__main__ import main
@@ -277,3 +278,13 @@ def test_rejects_invalid_options(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["convert", "in", "out", f"--{option}={value}"])
     assert value in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_of_images_whose_class_transposes_experts(tmp_path):
+    stock = build_family("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration)
+    stock.save_pretrained(tmp_path / "in")
+    run_command("convert", tmp_path / "in", tmp_path / "out")
+    found = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(3, 20, (1, 7))
+    torch.testing.assert_close(found(tokens).logits, stock.eval()(tokens).logits, atol=1e-5, rtol=1e-5)

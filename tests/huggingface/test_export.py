@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.transformers_models import ARCHITECTURES
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForQuestionAnswering
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import RouterLogits
@@ -163,3 +163,18 @@ def test_rejects_unknown_sliding_window():
     upcycle(model, num_experts=4)
     with pytest.raises(ValueError, match="Mixtral: sliding attention; Qwen2Moe: sliding attention"):
         export(model)
+
+
+def test_a_class_with_another_prefix_is_rejected():
+    """Llama's model for question answering has its weights in `transformer`, Mixtral's in `model`."""
+    model = LlamaForQuestionAnswering(ARCHITECTURES["llama"].build().config)
+    upcycle(model, num_experts=4)
+    with pytest.raises(ValueError, match=r"Mixtral: weights with the prefix 'transformer' \(its prefix is 'model'\)"):
+        export(model)
+
+
+def test_code_of_the_dense_model_is_not_referred_to():
+    model = ARCHITECTURES["llama"].build()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_dense.DenseForCausalLM"}
+    upcycle(model, num_experts=4)
+    assert not hasattr(export(model).config, "auto_map")

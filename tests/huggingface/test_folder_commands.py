@@ -32,6 +32,8 @@ def save_model(name: str, folder: Path, **settings) -> nn.Module:
     model = ARCHITECTURES[name].build(**settings)
     model.save_pretrained(folder, max_shard_size="20KB")
     (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     return model
 
 
@@ -50,7 +52,8 @@ def test_upcycled_folders_are_upcycled_models(name, tmp_path):
         if not key.endswith("gate.w_gating"):  # drawn
             assert torch.equal(value, expected.pop(key)), key
     assert all(key.endswith("gate.w_gating") for key in expected)
-    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    for name in ("tokenizer_config.json", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "out" / name).exists()
     assert loaded.config.architectures == [type(dense).__name__]
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 

@@ -298,4 +298,7 @@ def test_other_models_and_adapters(tmp_path):
     model = get_peft_model(make_upcycled(shared_expert=16), make_lora(target_modules=["shared_expert.up_proj"]))
     with pytest.raises(ValueError, match=r"shared_expert.up_proj has an adapter, but Qwen2Moe.* has no equivalent"):
         save_adapter(model, tmp_path)
+    model = get_peft_model(make_upcycled("qwen2"), make_lora(bias="all"))
+    with pytest.raises(ValueError, match=r"adapter 'default' trains biases \(bias='all'\), .*train with bias='none'"):
+        save_adapter(model, tmp_path)
     assert not [*tmp_path.iterdir()]

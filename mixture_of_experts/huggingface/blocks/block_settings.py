@@ -5,6 +5,7 @@ Axes: k (choices per token).
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -167,8 +168,9 @@ class BlockSettings(ExternalRouter):
         settings = {name: value for name, value in self.recipe.gate.items() if name not in excluded}
         settings |= dict(k=self.k, score=self.score, scale=self.scale)
         settings |= dict(bias=self.router_bias is not None, expert_bias=self.expert_bias is not None)
-        if "normalize" in settings and isinstance(normalize := self.read_attribute("normalize"), bool):
-            settings["normalize"] = normalize
+        for holder, name in product((self.module, self.router), BLOCK_ATTRIBUTES["normalize"]):
+            if "normalize" in settings and hasattr(holder, name):
+                settings["normalize"] = bool(getattr(holder, name))  # None means False
         if find_attribute(self.router, "expert_selection_fn") == "softmax":
             settings |= dict(weigh="softmax", normalize=True)
         if (minimum := find_attribute(self.router, "norm_min")) is not None:

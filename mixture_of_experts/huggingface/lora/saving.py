@@ -123,6 +123,11 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
         raise ValueError(f"there is no adapter {name!r}; set adapter= to one of {', '.join(model.peft_config)}")
     if config.peft_type != "LORA":
         raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} has type {config.peft_type.value}")
+    if config.bias != "none":
+        raise ValueError(
+            f"the adapter {name!r} trains biases (bias={config.bias!r}), but only the matrices A and B can be saved; "
+            "train with bias='none', or call merge_and_unload() and save the whole model"
+        )
     if missing := find_missed_targets(model):
         raise ValueError(
             f"the adapter {name!r} does not adapt {', '.join(missing)}, because PEFT found no such weights; correct "

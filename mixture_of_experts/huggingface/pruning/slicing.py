@@ -133,7 +133,7 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
     if isinstance(stack, ExpertList):
         for i in sorted({*range(router.num_experts)} - {*ids}, reverse=True):
             del stack[i]
-        parts.append(vars(stack).get("template", stack))  # of `UnstackedExperts`
+        parts.append(vars(stack).get("template", stack))  # `UnstackedExperts` keeps these settings there
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
             if name in vars(part):  # bypasses the check that a size is set only once

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
 EXPERT_COUNTS = ("num_experts", "num_local_experts")  # alternative names for the same configuration entry
 
 
@@ -146,6 +147,8 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
     for name in TOKENIZER_FILES if source and not has_tokenizer else ():
         if (found := find_file(source, name)) is not None:
             shutil.copy2(found, folder / name)
+            if (templates := found.parent / CHAT_TEMPLATES_FOLDER).is_dir():
+                shutil.copytree(templates, folder / CHAT_TEMPLATES_FOLDER, dirs_exist_ok=True)
     if faults := list(find_engine_faults(config)):
         warnings.warn(
             f"some engines do not compute the same outputs as transformers for {config['model_type']}: "

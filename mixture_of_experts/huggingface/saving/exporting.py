@@ -81,6 +81,7 @@ IGNORED_SETTINGS = {
     "transformers_version",
     "pretraining_tp",
     "_name_or_path",
+    "auto_map",  # it refers to code for the dense model
     LAYERS_KEY,
 }
 IGNORED_SETTINGS |= {
@@ -206,6 +207,9 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     """Yield descriptions of the model's properties that the target does not support. Layers with the same properties
     yield the same descriptions."""
     config = model.config
+    if stock.base_model_prefix != model.base_model_prefix:
+        yield f"weights with the prefix {model.base_model_prefix!r} (its prefix is {stock.base_model_prefix!r})"
+        return
     dense = [i for i in range(config.num_hidden_layers) if i not in map(parse_block_number, layers)]
     if target.needs_all_layers and dense:
         yield f"layers without experts ({', '.join(map(str, dense))})"

@@ -28,7 +28,7 @@ from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, find_
 from mixture_of_experts.huggingface.private_transformers import convert_to_saved, make_shape_error
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
-from mixture_of_experts.huggingface.saving.engine_folders import complete_folder
+from mixture_of_experts.huggingface.saving.engine_folders import CHAT_TEMPLATES_FOLDER, complete_folder
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
 from mixture_of_experts.huggingface.saving.restore import insert_experts
@@ -138,8 +138,10 @@ def rewrite_folder(
             shards.add_weights(convert_to_saved(model, {name: read(name) for name in names}))
         shards.close()
         for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
-                with naming_unwritable_file(target / file.name):
+            with naming_unwritable_file(target / file.name):
+                if file.name == CHAT_TEMPLATES_FOLDER:
+                    shutil.copytree(file, folder / file.name)
+                elif file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
                     shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
         with naming_unwritable_file(target / "config.json"):

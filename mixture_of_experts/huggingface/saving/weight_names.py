@@ -59,8 +59,7 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
 def map_to_file_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's weights under all names that they may have in files: their own names, and the names in the
     class's checkpoints."""
-    own = own_names(model, weights)
-    return {**own, **map_to_published_names(model, own)}
+    return {**own_names(model, weights), **own_names(model, map_to_published_names(model, weights))}
 
 
 def own_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
