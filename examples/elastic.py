@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import upcycle
-from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, parallelize_module
+from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, fully_shard_experts, parallelize_module
 
 SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 OPTIONS = dict(model="", out="runs/elastic", steps=300, batch=8, context=64, rate=3e-4, save_every=20, timeout=60.0)
@@ -91,7 +91,7 @@ def shard_model(model: nn.Module, world: int) -> None:
     everyone = mesh["dp", "ep"]._flatten("batch")
     parallelize_module(model, mesh["ep"], dict.fromkeys(layers, ExpertParallel(batch_group=everyone)))
     for layer in layers.values():
-        fully_shard(layer.experts, mesh=mesh["dp"])
+        fully_shard_experts(layer, mesh=mesh["dp"])
     for block in (*model.model.layers, model):
         fully_shard(block, mesh=everyone)
 

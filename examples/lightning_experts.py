@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mixture_of_experts import recipes
-from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, parallelize_module
+from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, fully_shard_experts, parallelize_module
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class Mixture(lightning.LightningModule):
         everyone = mesh["dp", "ep"]._flatten("batch")
         parallelize_module(self.model, mesh["ep"], {"layers.*.ffn": ExpertParallel(batch_group=everyone)})
         for layer in self.model.layers:
-            fully_shard(layer.ffn.experts, mesh=mesh["dp"])
+            fully_shard_experts(layer.ffn, mesh=mesh["dp"])
             fully_shard(layer, mesh=everyone)
         fully_shard(self.model, mesh=everyone)
 

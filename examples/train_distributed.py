@@ -29,6 +29,7 @@ from mixture_of_experts.parallel import (
     average_gradients,
     clip_grad_norm_,
     expert_parameters,
+    fully_shard_experts,
     ignore_experts_in_ddp,
     parallelize_module,
 )
@@ -47,7 +48,8 @@ def parallelize(model, mesh, style):
             block.moe.gate.process_group = everyone.get_group()
     if style == "fsdp2":
         for block in model.blocks:
-            fully_shard(block.moe.experts, mesh=mesh["dp"])
+            if mesh["ep"].size() > 1:
+                fully_shard_experts(block.moe, mesh=mesh["dp"])
             fully_shard(block, mesh=everyone)
         return fully_shard(model, mesh=everyone), lambda: None
     sharded = expert_parameters(model).values()  # DDP ignores these; empty without expert parallelism

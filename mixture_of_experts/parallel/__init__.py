@@ -1,5 +1,6 @@
 """Implements expert parallelism with PyTorch's distributed modules. See docs/distributed/expert_parallelism.md."""
 
+from mixture_of_experts.parallel.fsdp import fully_shard_experts
 from mixture_of_experts.parallel.gradients import (
     average_gradients,
     clip_grad_norm_,
@@ -18,6 +19,7 @@ __all__ = [
     "average_gradients",
     "clip_grad_norm_",
     "expert_parameters",
+    "fully_shard_experts",
     "ignore_experts_in_ddp",
     "parallelize_module",
     "replicated_parameters",

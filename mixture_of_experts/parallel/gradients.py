@@ -21,29 +21,38 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of sharded experts, keyed by name. The parameters differ between ranks, so DDP must ignore
     them."""
-    own = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
+    # compared by identity, because wrappers may change the names
+    sharded = {
+        parameter
+        for module in model.modules()
         if isinstance(module, ShardedExperts)
-        for name in module.sharding.sharded_names
+        for name, parameter in module.named_parameters()
+        if name in module.sharding.sharded_names
     }
-    return {name: parameter for name, parameter in model.named_parameters() if name in own}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter in sharded}
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all named parameters except those of sharded experts. These parameters are replicated on all ranks or
     sharded by FSDP2."""
-    own = expert_parameters(model)
-    return {name: parameter for name, parameter in model.named_parameters() if name not in own}
+    sharded = expert_parameters(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in sharded}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     """Make `DistributedDataParallel(model)` ignore rank-specific tensors, and return the model.
 
-    Call this function before wrapping the model. The rank-specific tensors are sharded experts and the counts of gates
-    with an expert bias. In each forward pass, DDP would overwrite these counts with the first rank's counts.
+    Call this function before wrapping the model. The rank-specific tensors are the parameters and buffers of sharded
+    experts and the counts of gates with an expert bias. In each forward pass, DDP would overwrite these buffers and
+    counts with those of the first rank.
     """
-    ignore_in_ddp(model, find_rank_local_buffers(model) | expert_parameters(model).keys())
+    sharded_names = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, ShardedExperts)
+        for name in module.sharding.sharded_names
+    }
+    ignore_in_ddp(model, find_rank_local_buffers(model) | sharded_names | expert_parameters(model).keys())
     return model
 
 
@@ -72,8 +81,8 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
         flat = torch.cat([*(part.flatten() for part in parts), present])
         dist.all_reduce(flat, group=group)
         *sums, present = flat.split([*(part.numel() for part in parts), len(bucket)])
-        for parameter, grad, part, total, there in zip(bucket, grads, parts, sums, present, strict=True):
-            if parameter.grad is not None or there:
+        for parameter, grad, part, total, is_present in zip(bucket, grads, parts, sums, present, strict=True):
+            if parameter.grad is not None or is_present:
                 parameter.grad = grad
                 part.copy_((total / group.size() if op == "mean" else total).view_as(part))
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_of_experts import Experts, HeirarchicalMoE, MoE, ReLUGating, Routing, TopKGating, ops
@@ -28,6 +29,8 @@ from mixture_of_experts.parallel import (
     clip_grad_norm_,
     exchange,
     expert_parameters,
+    fully_shard_experts,
+    ignore_experts_in_ddp,
     parallelize_module,
     replicated_parameters,
 )
@@ -577,3 +580,39 @@ def check_compiles() -> None:
     here = moe.experts.sharding.local_expert_ids
     assert moe.experts.load.unique().tolist() == [0, 2 * len(here)]
     assert moe.experts.load[here.start : here.stop].all()
+
+
+def check_ddp_keeps_buffers_of_experts() -> None:
+    """Each rank updates its own part of a stacked buffer, which DDP must not overwrite with the first rank's."""
+    moe = parallelize_model(
+        make_top2(experts=CountingExperts()), make_mesh(), replicated=replicate_layer("own experts")
+    )
+    parallel = DistributedDataParallel(ignore_experts_in_ddp(moe))
+    for _ in range(3):
+        parallel(torch.randn(2, LENGTH, DIM))[0].sum().backward()
+    here = moe.experts.sharding.local_expert_ids
+    assert moe.experts.load[here.start : here.stop].tolist() == [3 * len(here)] * len(here)
+
+
+def check_parameters_of_a_wrapped_model() -> None:
+    """A wrapper that hides its name from those of the parameters hides no expert, from DDP neither."""
+    moe = parallelize_model(make_layer("top2"), make_mesh())
+    wrapped = checkpoint_wrapper(moe)
+    assert set(expert_parameters(wrapped)) == set(expert_parameters(moe)) == {"experts.w1", "experts.w2"}
+    assert set(replicated_parameters(wrapped)) == set(replicated_parameters(moe))
+    DistributedDataParallel(ignore_experts_in_ddp(wrapped))(torch.randn(2, LENGTH, DIM))[0].sum().backward()
+
+
+def check_what_is_not_sharded_with_experts() -> None:
+    """Parameters that all ranks share, and experts that expert parallelism has not sharded."""
+    moe = parallelize_model(make_layer("top2, own experts"), make_mesh(), replicated=replicate_layer("own experts"))
+    message = r"experts' parameters shared_scale are replicated .* pass set\(expert_parameters\(model\).values\(\)\)"
+    mesh = make_mesh()["dp"]
+    with pytest.raises(ValueError, match=message):
+        fully_shard_experts(moe, mesh=mesh)
+    moe.experts = checkpoint_wrapper(moe.experts)
+    with pytest.raises(ValueError, match="are replicated over the expert-parallel ranks"):
+        fully_shard_experts(moe, mesh=mesh)
+    with pytest.raises(ValueError, match="the experts, Experts, are not sharded; first call parallelize_module"):
+        fully_shard_experts(make_layer("top2"), mesh=mesh)
+    assert not any(isinstance(module, FSDPModule) for module in moe.modules())

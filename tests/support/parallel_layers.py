@@ -48,9 +48,9 @@ class CustomExperts(nn.Module):
 
 
 def make_latent_experts() -> LatentExperts:
-    """Experts of width 3 between layers that all ranks have."""
-    experts = GatedExperts(3, EXPERTS, HIDDEN)
-    return LatentExperts(experts, before=nn.Linear(DIM, 3), beside=nn.Linear(DIM, 3), after=nn.Linear(3, DIM))
+    """Experts of width 4 between layers that all ranks have."""
+    experts = GatedExperts(4, EXPERTS, HIDDEN)
+    return LatentExperts(experts, before=nn.Linear(DIM, 4), beside=nn.Linear(DIM, 4), after=nn.Linear(4, DIM))
 
 
 def make_shared_expert() -> nn.Module:
@@ -162,7 +162,7 @@ def local_part(whole: Tensor, rank: int | None = None) -> Tensor:
     return whole.split(sizes)[dist.get_rank() if rank is None else rank]
 
 
-LAYERS_OF_MODEL = ("top2", "top-k, deepseek")
+LAYERS_OF_MODEL = ("top2", "top-k, deepseek", "top-k, latent")
 
 
 class Block(nn.Module):
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two layers with limited capacity and without, between dense ones."""
+    """Layers with limited capacity, without, and with latent experts, between dense ones."""
 
     def __init__(self, layers: Sequence[str] = LAYERS_OF_MODEL, recompute: bool = False) -> None:
         super().__init__()

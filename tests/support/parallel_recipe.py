@@ -17,6 +17,7 @@ from mixture_of_experts.parallel import (
     average_gradients,
     clip_grad_norm_,
     expert_parameters,
+    fully_shard_experts,
     ignore_experts_in_ddp,
     parallelize_module,
     replicated_parameters,

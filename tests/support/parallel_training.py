@@ -21,6 +21,7 @@ from mixture_of_experts.parallel import (
     average_gradients,
     clip_grad_norm_,
     expert_parameters,
+    fully_shard_experts,
     ignore_experts_in_ddp,
     replicated_parameters,
 )
@@ -112,7 +113,7 @@ def fsdp_replicas(model: Model, **options) -> tuple[Any, Callable[[], None]]:
     everyone = flatten_mesh(mesh)
     parallelize_model(model, mesh, KEY)
     for layer in model.layers:
-        fully_shard(layer.ffn.experts, mesh=mesh["dp"], **options)
+        fully_shard_experts(layer.ffn, mesh=mesh["dp"], **options)
         fully_shard(layer, mesh=everyone)
     return fully_shard(model, mesh=everyone), no_wrapper
 
