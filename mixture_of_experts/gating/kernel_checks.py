@@ -1,4 +1,4 @@
-"""Checks that the kernels of gates share: which tensors they support, and whether their results are those of torch's
+"""The checks shared by the gates' kernels: which tensors they support, and whether their results equal those of torch's
 operators."""
 
 from __future__ import annotations

@@ -112,10 +112,10 @@ class ReLUGating(TopKGating):
         if not self.training:
             return decided
         positive = decided.probs > 0
-        is_finite = ~decided.probs[..., 0].isnan()  # if one probability is NaN, all are
+        is_number = ~decided.probs[..., 0].isnan()  # if one probability is NaN, all are
         if tokens.loss_mask is not None:
-            positive, is_finite = positive & tokens.loss_mask.unsqueeze(-1), is_finite & tokens.loss_mask
-        counts = torch.stack([positive.sum(), is_finite.sum()])
+            positive, is_number = positive & tokens.loss_mask.unsqueeze(-1), is_number & tokens.loss_mask
+        counts = torch.stack([positive.sum(), is_number.sum()])
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
