@@ -216,7 +216,7 @@ def check_sharded_parameters() -> None:
     local = moe.experts.w1.to_local()
     assert local.shape == (2, DIM, HIDDEN)
     assert local.untyped_storage().nbytes() == local.nbytes
-    assert f"experts {2 * dist.get_rank()} to {2 * dist.get_rank() + 1} of 8 here" in repr(moe)
+    assert f"experts {2 * dist.get_rank()} to {2 * dist.get_rank() + 1} of 8 on this rank" in repr(moe)
     assert set(expert_parameters(moe)) == {"experts.w1", "experts.w2"}
 
 
