@@ -85,7 +85,7 @@ def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
     """Raise an error if there are arguments that would be ignored because the caller also passed `part`."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{written} cannot be combined with {part}; configure {part} itself instead")
+        raise ValueError(f"{written} cannot be combined with {part}; set it on {part} instead")
 
 
 K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # names of `k` in other libraries

@@ -200,7 +200,7 @@ def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "plain"])
 @pytest.mark.parametrize(("dtype", "narrow"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
 def test_gradients_with_narrower_weights(implementation, dtype, narrow):
-    """Weights of routing in fewer bits than the experts, as autocast makes them, round no gradient but their own."""
+    """Routing weights with fewer bits than the experts, as under autocast, limit only their own gradient."""
     torch.manual_seed(0)
     x, w1, w2 = torch.randn(9, DIM), torch.randn(E, DIM, HIDDEN), torch.randn(E, HIDDEN, DIM)
     expert, weight = torch.rand(9, E).topk(2).indices, torch.rand(9, 2).to(narrow)

@@ -248,7 +248,7 @@ def test_arguments_of_the_layer_pass_through():
     assert moe.loss_coef == pytest.approx(0.02 * 3 / 32)
     assert moe.experts[0] is experts[0]
     assert recipes.longcat_flash(16, 32, experts=[nn.Identity()] * 32).gate.num_experts == 32
-    with pytest.raises(ValueError, match="k=2 cannot be combined with gate; configure gate itself"):
+    with pytest.raises(ValueError, match="k=2 cannot be combined with gate; set it on gate instead"):
         recipes.mixtral(16, 8, gate=gate, k=2)
     with pytest.raises(ValueError, match="latent_dim=4 cannot be combined with experts"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)

@@ -149,18 +149,18 @@ def _by_operators(
 
 
 def _find_positions_in_order(
-    places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
+    find_positions: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
-    """Call `places` on the assignments in order of priority. Return its results with the positions `(..., a)` in the
-    original order of the assignments."""
+    """Call `find_positions` on the assignments in order of priority. Return its results with the positions `(..., a)`
+    in the original order of the assignments."""
     if in_order:
-        return places(queue)
+        return find_positions(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
     if order is None:
-        position, *rest = places(queue.flatten(-2))
+        position, *rest = find_positions(queue.flatten(-2))
         return rearrange(position, "... (k n) -> ... (n k)", k=k), *rest
     order = order.unsqueeze(-2).expand_as(queue)
-    position, *rest = places(queue.gather(-1, order).flatten(-2))
+    position, *rest = find_positions(queue.gather(-1, order).flatten(-2))
     position = torch.empty_like(order).scatter(-1, order, position.view_as(order))
     return rearrange(position, "... k n -> ... (n k)"), *rest
 

@@ -122,7 +122,8 @@ class MoEFeedForward(Replaced):
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, but the model flattens them
         side = self._get_token_ids_input(call, tokens) | self._get_segment_ids_input(call, tokens)
-        if call.tokens.segment_ids is None or SEGMENT_IDS in side:  # otherwise, rows are single groups without padding
+        # a layer that does not support packing treats each row as one group, including its padding
+        if call.tokens.segment_ids is None or SEGMENT_IDS in side:
             side |= self._get_mask_input(call, x)
         if side or tokens is not x:
             self._check_checkpointing(call)

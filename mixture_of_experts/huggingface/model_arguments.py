@@ -62,7 +62,7 @@ class ArgumentsReader(TokensReader):
         return get_cache(arguments), count_seen_tokens(arguments)
 
     def get_cached_length(self, cache: Any) -> int:
-        return int(cache.get_seq_length())
+        return count_cached_tokens({"cache": cache})
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
         """Return the keys in the first cache layer that contains keys, or None if no layer contains any."""

@@ -46,6 +46,7 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     experts and the counts of gates with an expert bias. In each forward pass, DDP would overwrite these buffers and
     counts with those of the first rank.
     """
+    # DDP compares module paths for buffers and parameter names for parameters, which differ for some wrappers
     sharded_names = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()

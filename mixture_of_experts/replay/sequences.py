@@ -142,7 +142,7 @@ class SequenceCall(ForwardCall):
     """A forward pass in progress, for a model that contains gates."""
 
     tokens: TokenMetadata
-    num_seen: Any  # number of real tokens in each cached sequence, `(b,)` or one number for all
+    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or one number for all
     cache: Any  # the key-value cache, if any
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
     choices: dict[str, Any] = field(default_factory=dict)  # choices that gates made or received
@@ -250,13 +250,13 @@ class SequenceWatch(ForwardWatch):
         forward pass had another cache, or if this cache has been cropped since then."""
         last = self.last_cache
         is_same = last is not None and last.cache() is cache and last.length == self.reader.get_cached_length(cache)
-        if last is None or not is_same or last.num_tokens is None:
-            raise RuntimeError(
-                "a forward pass continues cached sequences, but its attention mask includes only the last tokens, so "
-                "the number of earlier tokens is unknown; run all forward passes over these sequences in the context, "
-                "without cropping the cache or using another one in between, or pass a 2-D attention mask"
-            )
-        return last.num_tokens
+        if last is not None and is_same and last.num_tokens is not None:
+            return last.num_tokens
+        raise RuntimeError(
+            "a forward pass continues cached sequences, but its attention mask includes only the last tokens, so the "
+            "number of earlier tokens is unknown; run all forward passes over these sequences in the context, without "
+            "cropping the cache or using another one in between, or pass a 2-D attention mask"
+        )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
         """Return the current forward pass, or None if called in another thread or while a backward pass recomputes the

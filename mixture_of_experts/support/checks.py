@@ -169,7 +169,8 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be an integer tensor of shape {tuple(shape)} with the number of tokens in each group, got "
-            f"{lengths.dtype} of shape {tuple(lengths.shape)}; for fractional lengths, pass a capacity.Length"
+            f"{lengths.dtype} of shape {tuple(lengths.shape)}; for fractional lengths, pass a "
+            "mixture_of_experts.dispatch.capacity.Length"
         )
     return lengths
 

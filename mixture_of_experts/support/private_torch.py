@@ -213,7 +213,9 @@ def get_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 def is_checkpoint_wrapper(module: nn.Module) -> bool:
     """Return whether a module is torch's wrapper for activation checkpointing."""
-    return get_original_class(module).__name__ == "CheckpointWrapper" and WRAPPER_ATTRIBUTES[1] in module._modules
+    return (
+        get_original_class(module).__name__ == "CheckpointWrapper" and "_checkpoint_wrapped_module" in module._modules
+    )
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ def test_a_decoded_step_without_padding_has_no_mask():
 
 
 def test_sliding_mask_of_a_full_cache():
-    """Its columns begin behind the first tokens: new tokens are on its diagonal, but earlier ones cannot be counted."""
+    """It omits the first tokens, so earlier tokens cannot be counted, but the diagonal still shows new padding."""
     mask = torch.ones(2, 1, 3, 7, dtype=torch.bool)
     mask[0, 0, 1, 5] = False
     given = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "attention_mask": mask}
@@ -36,7 +36,7 @@ def test_sliding_mask_of_a_full_cache():
 
 
 def test_padding_of_packed_rows():
-    """A collator gives each padding token a position of 0; one token, or others than the last, may be documents."""
+    """A collator gives each padding token a position of 0. A lone token, or one unlike the last, may be a document."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5, 0, 0]])
     ids = torch.tensor([[4, 5, 6, 7, 8, 9, 9, 9], [4, 5, 6, 7, 8, 9, 9, 9], [3, 4, 5, 6, 7, 8, 8, 9]])
     found = read_token_metadata({"input_ids": ids, "position_ids": positions})

@@ -377,7 +377,7 @@ def test_onnxruntime_computes_padded_packed_rows(tmp_path):
 
 
 def test_padding_of_packed_rows_is_not_passed_to_layers_without_packing():
-    """Their rows are single groups; a mask would be refused under a caller's own checkpointing."""
+    """Each of their rows is one group. With a mask, a caller's own checkpointing would be rejected."""
     model = make_llama(None)
     for layer in model.model.layers:
         layer.mlp.moe.gate = ExpertChoiceGating(SIZES["hidden_size"], 4).double()

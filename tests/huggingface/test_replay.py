@@ -256,7 +256,7 @@ def test_our_gate_in_foreign_layer():
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_generation_with_sliding_windows_and_a_static_cache(chunk):
-    """The masks of this cache have columns for the last tokens alone."""
+    """The masks of this cache have columns only for the last tokens."""
     model = build_sparse("Mixtral", sliding_window=6)
     prompt, mask = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
     mask[0, 0] = 0
@@ -276,7 +276,7 @@ def test_a_generation_with_sliding_windows_and_a_static_cache(chunk):
 
 @torch.no_grad()
 def test_a_cropped_cache_of_sliding_windows_is_rejected():
-    """Which of its tokens are padding is unknown: the masks do not tell, and the count was that of the whole cache."""
+    """The masks do not show which of its tokens are padding, and the remembered count is that of the whole cache."""
     model, tokens = build_sparse("Mixtral", sliding_window=6), torch.randint(3, 64, (1, 15))
     with record_routing(model):
         cache = DynamicCache(config=model.config)

@@ -595,7 +595,7 @@ def check_ddp_keeps_buffers_of_experts() -> None:
 
 
 def check_parameters_of_a_wrapped_model() -> None:
-    """A wrapper that hides its name from those of the parameters hides no expert, from DDP neither."""
+    """Experts are found, and ignored by DDP, even if a wrapper is missing from the names of its parameters."""
     moe = parallelize_model(make_layer("top2"), make_mesh())
     wrapped = checkpoint_wrapper(moe)
     assert set(expert_parameters(wrapped)) == set(expert_parameters(moe)) == {"experts.w1", "experts.w2"}
@@ -604,7 +604,7 @@ def check_parameters_of_a_wrapped_model() -> None:
 
 
 def check_what_is_not_sharded_with_experts() -> None:
-    """Parameters that all ranks share, and experts that expert parallelism has not sharded."""
+    """Parameters that are replicated over all ranks, and experts that are not sharded."""
     moe = parallelize_model(make_layer("top2, own experts"), make_mesh(), replicated=replicate_layer("own experts"))
     message = r"experts' parameters shared_scale are replicated .* pass set\(expert_parameters\(model\).values\(\)\)"
     mesh = make_mesh()["dp"]
