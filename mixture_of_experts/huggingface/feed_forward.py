@@ -122,7 +122,7 @@ class MoEFeedForward(Replaced):
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, but the model flattens them
         side = self._get_token_ids_input(call, tokens) | self._get_segment_ids_input(call, tokens)
-        # a layer that does not support packing treats each row as one group, including its padding
+        # a layer without packing support treats each row as one group, including padding
         if call.tokens.segment_ids is None or SEGMENT_IDS in side:
             side |= self._get_mask_input(call, x)
         if side or tokens is not x:

@@ -249,8 +249,12 @@ class SequenceWatch(ForwardWatch):
         """Return the number of real tokens that the last forward pass left in the cache. Raise an error if the last
         forward pass had another cache, or if this cache has been cropped since then."""
         last = self.last_cache
-        is_same = last is not None and last.cache() is cache and last.length == self.reader.get_cached_length(cache)
-        if last is not None and is_same and last.num_tokens is not None:
+        if (
+            last is not None
+            and last.num_tokens is not None
+            and last.cache() is cache
+            and last.length == self.reader.get_cached_length(cache)
+        ):
             return last.num_tokens
         raise RuntimeError(
             "a forward pass continues cached sequences, but its attention mask includes only the last tokens, so the "
