@@ -162,6 +162,16 @@ def test_state_dict_round_trip(dtype, tmp_path):
         assert_same_buffers(moe, original)
 
 
+def test_buffers_of_a_cast_file_keep_their_dtype_when_they_are_assigned():
+    state = {name: value.bfloat16() for name, value in train_layer().state_dict().items()}
+    with torch.device("meta"):
+        moe = build_layer()
+    moe.load_state_dict(state, assign=True)
+    assert moe.gate.w_gating.dtype == torch.bfloat16
+    assert (moe.gate.expert_bias.dtype, moe.gate.expert_counts.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(moe.gate.expert_bias, state["gate.expert_bias"].float())
+
+
 def test_another_default_dtype():
     """A model that is built in bfloat16 outright."""
     torch.set_default_dtype(torch.bfloat16)

@@ -52,6 +52,12 @@ def test_toy_example():
     assert "forced" not in repr(gate)
 
 
+def test_uncounted_padding_takes_no_turn():
+    gate, real = TopKGating(DIM, 2, k=1), torch.tensor([[True, False] * 4])
+    with force_routing(gate):
+        assert gate(torch.randn(1, 8, DIM), counted=real).queue_length.tolist() == [[2, 2]]
+
+
 @pytest.mark.parametrize("how", FORCED)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", GIVEN)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts import MoE, TopKGating
+from mixture_of_experts import MoE, TopKGating, TopPGating
 from mixture_of_experts.gating import HashGating, NoisyTopKGating, RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups, sqrt_softplus
 
@@ -89,6 +89,26 @@ def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
     MoE(2, gate=TopKGating(2, 2, weigh=scale)).reset_parameters()
     assert scale.scale.tolist() == [1.0, 1.0]
     assert run_gate([-1.0, -2.0], score=F.relu, weigh=LearnedScale(1))[1] == [0.0, 0.0]
+
+
+def test_learned_scales_multiply_weights_of_made_choices():
+    """A choice that is not made has no share of the weight, whoever leaves it out."""
+    x, scales = torch.randn(1, 3, 8), torch.tensor([2.0, 3.0, 5.0, 7.0])
+
+    def build(kind=TopKGating, *args, **settings):
+        weigh = LearnedScale(4)
+        weigh.scale.data.copy_(scales)
+        return kind(8, 4, *args, weigh=weigh, **settings)
+
+    given = torch.tensor([[[3, -1], [-1, 2], [-1, -1]]])
+    routing = build(k=2)(x, given_experts=given)
+    torch.testing.assert_close(routing.weight, torch.tensor([[7.0, 0.0, 0.0, 5.0, 0.0, 0.0]]))
+    only_first = build(k=2, select=lambda _, score, __: score.where(torch.arange(4) < 1, -torch.inf))
+    torch.testing.assert_close(only_first(x).weight, torch.tensor([[2.0, 0.0] * 3]))
+    later = build(k=2, outer_expert_dims=1)(x[None], importance=torch.full((1, 1, 3), 0.5))
+    torch.testing.assert_close(later.weight.view(3, 2)[:, 0], scales[later.expert.view(3, 2)[:, 0]])
+    top_p = build(TopPGating, 3, p=0.5)(x)
+    torch.testing.assert_close((top_p.weight / scales[top_p.expert]).view(3, 3).sum(-1), torch.ones(3))
 
 
 GROUPS = dict(num_groups=2, top_groups=1)
@@ -202,6 +222,17 @@ def test_closed_groups_rank_as_zero():
     assert run_gate(logits, select=OpenGroups(3, 2), **exp) == ([4, 2], approximately(4 / 7, 3 / 7))
     biased = dict(moved=[-9.0, -9.0, -9.0, -9.0, -1.0, -9.0])  # the last group is best, and its second one is below 0
     assert run_gate(logits, select=OpenGroups(3, 1), **exp, **biased) == ([4, 0], approximately(4 / 5, 1 / 5))
+
+
+def test_priority_of_a_hash_gate_is_the_score_of_its_experts():
+    """Four tokens want the only slot of expert 0; the last has the largest score for it, the second for another."""
+    capacity = dict(capacity_factor_train=1.0, min_expert_capacity=1)
+    gate = HashGating(4, 4, k=1, num_ids=1, priority="score", **capacity)
+    gate.experts_of_id.zero_()
+    gate.w_gating.data.copy_(torch.eye(4))
+    x = torch.zeros(1, 4, 4)
+    x[0, :, 0], x[0, 1, 1] = torch.tensor([1.0, 0.0, 2.0, 3.0]), 5.0
+    assert gate(x, token_ids=torch.zeros(1, 4, dtype=torch.long)).kept.tolist() == [[False, False, False, True]]
 
 
 # ---- logits ----

@@ -172,6 +172,13 @@ class Gate(FixedShapeModule):
                 setattr(self, name, buffer.to(cast.device))
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = {name: getattr(self, name) for name in self.keep_dtype}
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, buffer in before.items():
+            if buffer is not None:  # `assign=True` replaces buffers
+                setattr(self, name, getattr(self, name).to(buffer.dtype))
+
     def variant_reason(self) -> str | None:
         """Return the reason why the choices or the exact bits of their weights may depend on the batch even under
         `ops.use("batch_invariant")`, or None if they are independent of the batch.
@@ -470,7 +477,10 @@ class TokenChoiceGate(Gate):
                 f"{GIVEN} cannot be passed while force_routing selects {how} experts; use only one of them"
             )
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
-        forced = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
+        chosen = self.allowed(tokens)
+        if (padding := tokens.computed_padding) is not None:
+            chosen = ~padding.expand(shape)
+        forced = forced_experts(how, shape, self.num_experts, x.device, chosen, self.process_group)
         return replace(tokens, side={**tokens.side, GIVEN: forced})
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:

@@ -76,6 +76,9 @@ class HashGating(TopKGating):
             "HashGating requires token ids; call the layer as moe(x, token_ids=ids) with integers of shape (..., n)"
         )
 
+    def compute_priority(self, ranked: Tensor, score: Tensor, expert: Tensor) -> Tensor:
+        return score.gather(-1, expert).amax(dim=-1)
+
     def _check_range(self, ids: Tensor) -> None:
         """Check that the token ids are below `num_ids`. The check reads tensor values, so it is skipped on a GPU and in
         traced graphs."""

@@ -41,6 +41,7 @@ from mixture_of_experts.gating.steps import (
     STEPS,
     AlwaysChosen,
     GroupScore,
+    LearnedScale,
     Normalize,
     OpenGroups,
     Score,
@@ -224,7 +225,7 @@ class TopKGating(TokenChoiceGate):
         # the loss is computed before the weights so that the backward pass accumulates its gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
-        weight = self._compute_weights(logits, score, expert, chosen)
+        weight = self._compute_weights(logits, score, expert, chosen, allowed)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
@@ -240,8 +241,8 @@ class TopKGating(TokenChoiceGate):
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
-        if self.priority == "score":  # the best unbiased score among the experts that may be chosen
-            top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
+        if self.priority == "score":
+            top = self.compute_priority(ranked, score.detach(), expert)
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
@@ -261,6 +262,10 @@ class TopKGating(TokenChoiceGate):
         # `top_choices` uses -inf to mark experts that are already chosen
         expert = top_choices(ranked.clamp(min=torch.finfo(ranked.dtype).min), self.k)
         return expert, ranked.gather(-1, expert) != -torch.inf
+
+    def compute_priority(self, ranked: Tensor, score: Tensor, expert: Tensor) -> Tensor:
+        """Return each token's largest unbiased score `(..., b, n)` among the experts that it may choose."""
+        return torch.where(ranked == -torch.inf, 0.0, score).amax(dim=-1)
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
@@ -319,7 +324,9 @@ class TopKGating(TokenChoiceGate):
             best = best & (totals != -torch.inf)
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
-    def _compute_weights(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
+    def _compute_weights(
+        self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None, allowed: Tensor | None
+    ) -> Tensor:
         """Return the weights `(..., b, n, k)` of the choices before normalization. A softmax is computed only over the
         `chosen` choices."""
         if self.weigh == "score":
@@ -329,6 +336,8 @@ class TopKGating(TokenChoiceGate):
             if chosen is not None:  # tokens without choices keep their logits, so that no weight is NaN
                 logits = torch.where(chosen | ~chosen.any(dim=-1, keepdim=True), logits, -torch.inf)
             return logits.softmax(dim=-1)
+        if isinstance(self.weigh, LearnedScale):
+            return self.weigh(logits, score, expert, allowed)
         assert callable(self.weigh)
         return self.weigh(logits, score, expert)
 
