@@ -291,6 +291,31 @@ def test_statistics_and_padding(acme: AcmeModel):
     assert stats.last("0.blocks.1.router").tokens == B * N - 2
 
 
+@pytest.mark.parametrize("returns", [("logits", "experts"), ("probs", "experts"), ("logits", "weights"), ("probs",)])
+def test_routers_that_return_less(returns, monkeypatch: pytest.MonkeyPatch):
+    class Softmax(AcmeRouter):
+        def forward(self, x: Tensor) -> Any:
+            logits = x @ self.weight
+            weight, expert = (probs := logits.softmax(-1)).topk(K, dim=-1)
+            found = dict(logits=logits, probs=probs, experts=expert, weights=2 * weight)
+            return tuple(found[name] for name in returns)
+
+    class SoftmaxProvider(Provider):
+        def find_router(self, block: nn.Module) -> ExternalRouter | None:
+            is_block = isinstance(block, AcmeBlock)
+            return ExternalRouter("router", num_experts=E, k=K, returns=returns) if is_block else None
+
+    monkeypatch.setattr(providers, "REGISTERED_PROVIDERS", {})
+    register_provider("acme", SoftmaxProvider())
+    block, x = AcmeBlock(), torch.randn(1, N, D)
+    block.router = Softmax()
+    monkeypatch.setattr(AcmeBlock, "forward", lambda self, x: (self.router(x.flatten(0, -2)), x)[1])
+    routing = routing_of(block, x)["router"]
+    weight, expert = (x[0] @ block.router.weight).softmax(-1).topk(K, dim=-1)
+    assert torch.equal(routing.expert.view(N, K), expert)
+    torch.testing.assert_close(routing.weight.view(N, K), 2 * weight if "weights" in returns else weight)
+
+
 def test_forcing(acme: AcmeModel):
     x = torch.randn(B, N, D)
     with force_routing(acme, "balanced"):

@@ -24,14 +24,14 @@ def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tenso
     found = {name: part.detach() for name, part in parts if isinstance(part, Tensor)}
     logits = found["probs"].log() if "probs" in found else found.get("logits")
     if logits is not None and logits.ndim > 1 and logits.shape[-1] == external.num_experts:
-        weight, expert = found.get("weights"), found.get("experts")
-        if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
+        weight = found.get("weights")
+        expert = found.get("experts") if "experts" in returns else top_choices(logits, external.k)
+        if "weights" not in returns and expert is not None and expert.shape[:-1] == logits.shape[:-1]:
+            weight = SCORES[external.score](logits.float()).gather(-1, expert)
+        if weight is not None and expert is not None and weight.shape == expert.shape:
             if external.zero_weight_expert is not None:
                 expert = expert.where(weight != 0, external.zero_weight_expert)
             return logits, weight, expert
-        if "experts" not in returns:
-            expert = top_choices(logits, external.k)
-            return logits, SCORES[external.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
         f"{router.class_name} must return ({', '.join(filter(None, returns))}) for flattened tokens so that its "
         "choices can be read"
