@@ -215,9 +215,11 @@ MODELS: dict[str, Recipe] = {
     ),
     "mistral4": Recipe(gate=dict(k=4, normalize=True), shared=1.0),
     "granite4": Recipe(
-        summary="Granite 4: 8 choices, softmax over the chosen experts.",
-        gate=dict(k=8, weigh="softmax", **BATCH_BALANCE),
-        router_aux_loss_coef=(0.001, 32),
+        summary="Granite 4.0: 6 choices, softmax over the chosen experts, and a shared expert.",
+        gate=dict(k=6, weigh="softmax", **BATCH_BALANCE),
+        shared=2.0,
+        router_aux_loss_coef=(0.001, 40),
+        published=PublishedModel("Granite-4.0-H-Tiny", 64, 1, 7),
     ),
     "aria": Recipe(paper="2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0),
     "jetmoe": Recipe(paper="2404.07413", gate=dict(k=2, weigh="softmax")),
@@ -245,8 +247,8 @@ MODELS: dict[str, Recipe] = {
     "muse_spark": Recipe(gate=dict(k=8, eps=1e-15, scale=2.5, **SIGMOID_ROUTER), logits=dict(multiplier=1.0)),
     "gemma4": Recipe(
         summary=(
-            "Gemma 4: a norm before the router, 8 choices, and learned scales of experts. The layer's own norms are "
-            "not included."
+            "Gemma 4: a norm before the router, 8 choices, and learned scales of experts. The layer's own norms and "
+            "dense network are not included."
         ),
         gate=dict(k=8, **BATCH_BALANCE),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
@@ -261,7 +263,7 @@ MODELS: dict[str, Recipe] = {
         summary="Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136).",
         gate=dict(k=2, tolerance=0.01),
         gate_class=SparseMixerGating,
-        router_aux_loss_coef=(0.001, 32),
+        router_aux_loss_coef=(0.001, 32),  # the default; config.json of Phi-3.5-MoE-instruct has 0
         published=PublishedModel("Phi-3.5-MoE", 16, 6.6, 42),
     ),
     "dbrx": Recipe(gate=dict(k=4, normalize=True, **BATCH_BALANCE), router_aux_loss_coef=(0.05, 40)),
