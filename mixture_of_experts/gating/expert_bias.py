@@ -41,7 +41,12 @@ def _(counts: Tensor, total: Tensor) -> None:
 
 @move_counts.register_vmap
 def _(info, in_dims, counts: Tensor, total: Tensor):
-    move_counts(counts.sum(dim=in_dims[0]), total)
+    of_counts, of_total = in_dims
+    if of_total is None:  # per-sample gradients: the samples share a buffer
+        move_counts(counts.sum(dim=of_counts), total)
+    else:  # an ensemble: each member has its own
+        total = total.movedim(of_total, 0)
+        move_counts(counts.expand_as(total).clone() if of_counts is None else counts.movedim(of_counts, 0), total)
     counts.zero_()
     return None, None
 

@@ -102,7 +102,7 @@ def test_materialize_with_routers(router):
 
 
 def run_ensemble(layers, x, mask, randomness="error"):
-    """All layers at once: outputs, losses and gradients of every layer's own loss."""
+    """All layers at once: gradients of every layer's own loss, outputs and losses, and buffers afterwards."""
     parameters, buffers = torch.func.stack_module_state(layers)
     skeleton = copy.deepcopy(layers[0]).to("meta")
 
@@ -112,17 +112,19 @@ def run_ensemble(layers, x, mask, randomness="error"):
         return (out * weigh).sum() + aux_loss, (out, aux_loss)
 
     one = torch.func.grad(loss, has_aux=True)
-    return torch.vmap(one, randomness=randomness)(parameters, buffers)
+    return (*torch.vmap(one, randomness=randomness)(parameters, buffers), buffers)
 
 
 def check_ensemble(layers, x, mask):
-    grads, (outs, aux_losses) = run_ensemble(layers, x, mask)
+    grads, (outs, aux_losses), buffers = run_ensemble(layers, x, mask)
     for index, layer in enumerate(layers):
         out, aux_loss = run_layer(layer, x, mask)
         torch.testing.assert_close((outs[index], aux_losses[index]), (out, aux_loss))
         expected = compute_gradients(layer, x, (out, aux_loss))
         expected.pop("input")
         assert_all_close({name: grad[index] for name, grad in grads.items()}, expected)
+        for name, buffer in layer.named_buffers():  # each layer counts its own tokens
+            torch.testing.assert_close(buffers[name][index], buffer)
 
 
 @pytest.mark.feature("`torch.func.functional_call` and `vmap` over parameters (an ensemble), `torch.func.grad` inside")
