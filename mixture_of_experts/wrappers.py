@@ -21,7 +21,7 @@ from mixture_of_experts.support.batch_invariance import (
     reject_batch_invariance,
 )
 from mixture_of_experts.support.checks import check_number, check_size
-from mixture_of_experts.support.private_torch import get_wrapped_module, unwrap_module
+from mixture_of_experts.support.private_torch import get_wrapped_module, has_hooks, unwrap_module
 
 WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
@@ -228,10 +228,10 @@ def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """Apply experts to rows `(r, d)` sorted by expert.
 
-    If the experts are wrapped, the wrapper is called with each row as a token, because adapters change weights only in
-    the wrapper's `forward`.
+    If the experts are wrapped, or have hooks or their own `forward`, they are called with each row as a token, because
+    adapters, parametrizations, FSDP2 and offloading change or gather the weights only in such a call.
     """
-    if get_wrapped_module(experts) is None:
+    if get_wrapped_module(experts) is None and not has_hooks(experts) and "forward" not in experts.__dict__:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
     row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
     expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.nn.utils import prune
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -140,6 +141,28 @@ def test_two_levels():
     """A flat row of wrapped experts is no grid; experts in a latent space may be one."""
     out, _ = HeirarchicalMoE(D, (2, 2), experts=WRAPPERS["latent"]((2, 2)))(torch.randn(2, 9, D))
     assert out.shape == (2, 9, D)
+
+
+@pytest.mark.parametrize("kind", ["input", "norm", "two"])
+def test_inner_experts_are_called_if_something_changes_their_weights(kind):
+    """Pruning, FSDP2 and offloading change weights in hooks, or in a `forward` of the instance."""
+    moe, x = MoE(D, gate=TopKGating(D, E, k=2), experts=WRAPPERS[kind](E)), torch.randn(2, 9, D)
+    mask, calls = torch.rand(2, 9) < 0.7, []
+    experts = moe.experts.experts.experts if kind == "two" else moe.experts.experts
+    expected = moe(x, mask=mask)[0]
+    handle = experts.register_forward_pre_hook(lambda *_: calls.append("hook"))
+    torch.testing.assert_close(moe(x, mask=mask)[0], expected)
+    handle.remove()
+    forward = experts.forward
+    experts.forward = lambda *args: (calls.append("forward"), forward(*args))[1]
+    torch.testing.assert_close(moe(x, mask=mask)[0], expected)
+    assert calls == ["hook", "forward"]
+    del experts.forward
+    prune.l1_unstructured(experts, "w1", amount=0.5)
+    before = moe(x)[0]
+    with torch.no_grad():
+        experts.w1_orig.neg_()
+    assert not torch.allclose(moe(x)[0], before)
 
 
 @pytest.mark.parametrize("wrapped", [lambda e: NormedExperts(e, nn.RMSNorm(3)), InputWeightedExperts])

@@ -23,7 +23,7 @@ from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.row_network import RowLayout
-from mixture_of_experts.support.checks import check_tensors
+from mixture_of_experts.support.checks import check_devices, check_tensors
 from mixture_of_experts.support.private_torch import (
     has_native_matmul,
     is_exporting,
@@ -154,6 +154,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None) -> None:
     """Check that the shapes of the operands match."""
     check_tensors(x=x, weight=weight)
+    check_devices("the experts' weights", x, (weight,))
     counts, (e, p, _) = num_tokens_per_expert, weight.shape if weight.ndim == 3 else (0, 0, 0)
     rows = f"(e, s, {p}) with e={e}" if counts is None else f"(r, {p})"
     if not e or x.ndim != (3 if counts is None else 2) or x.shape[-1] != p or (counts is None and x.shape[0] != e):
