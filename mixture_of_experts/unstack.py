@@ -232,5 +232,5 @@ def restack_experts(unstacked: UnstackedExperts, name: str) -> StackedExperts:
         if values[0] is not None:
             stack = torch.stack([value.mT if key.startswith("w") else value for value in values])
             stack = stack.unflatten(0, stacked.expert_dims)
-            stacked._parameters[key] = nn.Parameter(stack, values[0].requires_grad)
+            stacked._parameters[key] = nn.Parameter(stack, any(value.requires_grad for value in values))
     return stacked.train(unstacked.training)

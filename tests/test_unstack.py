@@ -86,6 +86,9 @@ def test_round_trip(name):
     assert repr(again) == shown
     assert again.experts.is_transposed
     assert [p.requires_grad for p in again.experts.parameters()][:2] == [False, True]
+    one = unstack(MoE(D, E)).requires_grad_(False)
+    one.experts[1].requires_grad_(True)
+    assert all(parameter.requires_grad for parameter in restack(one).experts.parameters())
     before["experts.w2"][1] += 1
     assert again.state_dict().keys() == before.keys()
     for key, value in before.items():
