@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from support.transformers_models import ARCHITECTURES, DIM
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, force_routing
+from mixture_of_experts import ExpertChoiceGating, Experts, NoisyTopKGating, Top2Gating, TopKGating, force_routing
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
 from mixture_of_experts.huggingface.replacement.replace import set_attribute
 from mixture_of_experts.huggingface.saving import layer_settings
+from mixture_of_experts.wrappers import GatedSharedExpert
 
 from .test_losses import build_model, make_batch, make_trainer
 
@@ -186,6 +188,50 @@ def test_function_set_later_is_reported(tmp_path):
     for layer in find_feed_forwards(model):
         layer.moe = torch.compile(layer.moe, backend="eager")
     assert read_config_file(model, tmp_path) == before
+
+
+def set_gate(moe, gate) -> None:
+    gate.w_gating = moe.gate.w_gating
+    moe.gate = gate
+
+
+def set_shared_expert_gate(moe) -> None:
+    moe.shared_expert = GatedSharedExpert(moe.shared_expert, nn.Linear(moe.gate.dim, 1))
+
+
+def set_biased_experts(moe) -> None:
+    moe.experts = Experts(moe.gate.dim, 4, moe.experts.hidden_dim, moe.experts.act, bias=False)
+
+
+UNDESCRIBED: dict[str, tuple[str, str, Any]] = {
+    "activation": ("block", "moe.experts.act", lambda moe: setattr(moe.experts, "act", nn.GELU())),
+    "gate": ("block", "moe.gate", lambda moe: set_gate(moe, TopPGating(moe.gate.dim, moe.gate.num_experts, 2))),
+    "bias": ("block", "moe.gate", lambda moe: set_gate(moe, TopKGating(moe.gate.dim, 4, expert_bias=True))),
+    "shared": ("block", "moe.shared_expert", lambda moe: setattr(moe, "shared_expert", nn.Identity())),
+    "activation of a network": ("network", "moe.experts.act", lambda moe: setattr(moe.experts, "act", nn.ReLU())),
+    "shared activation": (
+        "network",
+        "moe.shared_expert.act",
+        lambda moe: setattr(moe.shared_expert, "act", nn.ReLU()),
+    ),
+    "form of a shared expert": ("network", "moe.shared_expert", set_shared_expert_gate),
+    "biases": ("network", "moe.experts", set_biased_experts),
+}
+
+
+@pytest.mark.parametrize("name", UNDESCRIBED)
+def test_parts_set_later_are_reported(name, tmp_path):
+    """What config.json does not describe would come back as it was inserted."""
+    kind, path, change = UNDESCRIBED[name]
+    model = make_model("block") if kind == "block" else ARCHITECTURES["gpt2"].build()
+    if kind == "network":
+        replace_ffn(model, num_experts=4, shared_expert=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(model).save_pretrained(tmp_path)
+    change(find_feed_forwards(model)[0].moe)
+    with pytest.warns(UserWarning, match=rf"cannot describe {path} of [\w.]+, which was changed after"):
+        copy.deepcopy(model).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mixture_of_experts import gating
+from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.recipes import list_gate_arguments
@@ -53,6 +54,7 @@ class LayerRecord:
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
+        self.built_parts: dict[str, str] = describe_parts(layer)  #: the same for its parts
         self.layer = weakref.ref(layer)
         self.read_entry()
 
@@ -75,17 +77,17 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """Return the settings that have been changed since the layer was inserted and whose values JSON cannot
-        represent."""
+        """Return the parts and settings that have been changed since the layer was inserted and that the entry does not
+        describe."""
         layer = self.layer and self.layer()
-        return (
-            []
-            if layer is None
-            else [p for p, v in read_layer_settings(layer).items() if p in self.built and not is_json_value(v)]
-        )
+        if layer is None:
+            return []
+        parts = [path for path, part in describe_parts(layer).items() if self.built_parts.get(path, part) != part]
+        settings = read_layer_settings(layer).items()
+        return parts + [path for path, value in settings if path in self.built and not is_json_value(value)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"built": self.built, "entry": self.read_entry()}
+        return {"built": self.built, "built_parts": self.built_parts, "entry": self.read_entry()}
 
 
 def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
@@ -100,6 +102,7 @@ def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
 def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
     moe: Any = unwrap_module(feed_forward.moe)
     gate: Any = unwrap_module(moe.gate)
+    shared_expert = moe.shared_expert and unwrap_module(moe.shared_expert)
     forms = {
         named_module.name: {
             "class": get_original_class(named_module.module).__name__,
@@ -115,12 +118,39 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
     return {
         "num_experts": moe.num_experts,
         "hidden_dim": getattr(unwrap_module(moe.experts), "hidden_dim", None),
-        "shared_expert": None if moe.shared_expert is None else unwrap_module(moe.shared_expert).hidden_dim,
+        "shared_expert": getattr(shared_expert, "hidden_dim", None),
         "gate": describe_gate(gate),
         "gate_class": get_original_class(gate).__name__,
         "forms": forms,
         **coefs,
     }
+
+
+def describe_parts(feed_forward: MoEFeedForward) -> dict[str, str]:
+    """Return descriptions of the parts that an entry does not describe, keyed by path: activations, the weights of
+    experts, the shared expert and, if the layer replaced a block, the gate."""
+    moe: Any = unwrap_module(feed_forward.moe)
+    found, is_block = {}, isinstance(feed_forward, SparseFeedForward)
+    if is_block:
+        has_bias = getattr(unwrap_module(moe.gate), "expert_bias", None) is not None
+        found["moe.gate"] = list_weights(moe.gate) + " expert_bias" * has_bias
+    if is_block or moe.shared_expert is not None:
+        found["moe.shared_expert"] = list_weights(moe.shared_expert)
+    for named_module in iter_named_modules(feed_forward):
+        path, module = named_module.name, named_module.module
+        if isinstance(module, StackedExperts):
+            found[path] = list_weights(module)
+        if (activation := module._modules.get("act")) is not None:
+            found[f"{path}.act"] = repr(activation)
+    return found
+
+
+def list_weights(module: nn.Module | None) -> str:
+    """Return the name of a module's class and the names of its parameters."""
+    if module is None:
+        return ""
+    module = unwrap_module(module)
+    return " ".join([get_original_class(module).__name__, *sorted(dict(module.named_parameters()))])
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
