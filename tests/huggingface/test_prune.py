@@ -409,6 +409,20 @@ def test_layers_that_were_blocks_keep_equally_many():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gates", [None, ["1.model.layers.0.mlp.moe.gate", "1.model.layers.1.mlp.moe.gate"]])
+def test_each_model_in_a_module_saves_and_loads(gates, tmp_path):
+    """The configuration of the second one was left as it was."""
+    tokens = torch.randint(1, 64, (2, 12))
+    pair = nn.ModuleList(from_transformers(make_stock("Qwen3Moe")) for _ in range(2))
+    prune(pair, 4, "random", gates=gates)
+    assert [model.config.num_experts for model in pair] == [8 if gates else 4, 4]
+    for i, model in enumerate(pair):
+        model.save_pretrained(tmp_path / str(i))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("unequal", [False, True])
 def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
     """Numbers of experts that differ by layer are saved and loaded; no stock class has them."""

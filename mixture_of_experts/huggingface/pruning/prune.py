@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -118,14 +118,16 @@ def plan_pruning(
         scores_or_ids = measure_scores(model, routers, by, calibration)
     kept = {router: select_expert_ids(router, scores_or_ids[router], keep) for router in routers}
     smaller = {get_layer(router): len(ids) for router, ids in kept.items() if len(ids) < router.num_experts}
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    names, old, new = find_num_experts_settings(models, smaller)
+    inner_models = filter(find_feed_forwards, find_outermost_models(model))
+    settings = {inner: find_num_experts_settings(inner, smaller) for inner in inner_models}
 
     def configure() -> None:
-        if smaller and models and find_feed_forwards(models[0]):
-            store_layers_in_config(models[0])
-            for holder in (*models, models[0].config.get_text_config()):
-                vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
+        for inner, (names, old, new) in settings.items():
+            if not smaller.keys().isdisjoint(inner.modules()):
+                store_layers_in_config(inner)
+                models = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
+                for holder in (*models, inner.config.get_text_config()):
+                    vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
 
     return kept, configure
 
@@ -208,21 +210,29 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 # The configuration
 
 
-def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
+def find_outermost_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the `transformers` models in a module, without the models inside them."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from find_outermost_models(child)
+
+
+def find_num_experts_settings(model: PreTrainedModel, numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
     """Return the names of the configuration settings that store the number of experts, along with this number before
     and after pruning.
 
     Args:
-        models: all `transformers` models inside the pruned model, starting with the outermost.
+        model: a `transformers` model, which is not inside another one.
         numbers: the number of experts that remain in each pruned layer.
 
     Raises:
         ValueError: converted sparse blocks would have different numbers of experts, but the configuration stores a
             single number; or no setting of the configuration stores the number of experts.
     """
-    layers = [*find_layers(models[0]).values()] if models else []
+    layers, text = find_layers(model).values(), model.config.get_text_config()
     blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]
-    text = models[0].config.get_text_config() if layers else None
     moes = blocks or ([] if has_own_routers(text) else [layer.moe for layer in layers])
     if not moes:
         return [], 0, 0
@@ -230,7 +240,7 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
     new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
     if differ:
         raise ValueError(
-            f"all layers of {type(models[0]).__name__} must keep the same number of experts, because the model's "
+            f"all layers of {type(model).__name__} must keep the same number of experts, because the model's "
             f"configuration stores a single number, but got {[new, *differ]}"
         )
     # without blocks, `add_router_config` has set "num_experts"
