@@ -23,7 +23,7 @@ from support.transformers_models import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mixture_of_experts.huggingface import from_pretrained, upcycle
+from mixture_of_experts.huggingface import export, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
@@ -222,12 +222,50 @@ def test_weights_that_a_class_ignores_are_left_out(tmp_path):
     assert run_command("upcycle", tmp_path, "--num-experts", "2") == 0
 
 
-def test_tied_weights_may_be_in_files(tmp_path):
-    """`lm_head.weight` next to the embedding that it is tied to."""
-    build_sparse("mixtral", tie_word_embeddings=True).save_pretrained(tmp_path / "in")
-    embedding = "model.embed_tokens.weight"
-    rewrite_weights(tmp_path / "in", lambda held: held.update({"lm_head.weight": held[embedding].clone()}))
-    assert run_command("quantize", tmp_path) == 0
+def upcycle_tied() -> Any:
+    model = ARCHITECTURES["llama"].build(intermediate_size=64, tie_word_embeddings=True)
+    upcycle(model, num_experts=4)
+    return model
+
+
+def build_tied() -> Any:
+    return build_sparse("mixtral", tie_word_embeddings=True)
+
+
+#: a command or function, and what makes the model in its folder
+WITH_TIED_WEIGHTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "convert": ("convert", build_tied),
+    "quantize": ("quantize", build_tied),
+    "export": ("export", upcycle_tied),
+    "export of blocks": ("export", lambda: from_transformers(build_tied())),
+    "export()": ("", upcycle_tied),
+}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("case", WITH_TIED_WEIGHTS)
+def test_tied_weights_may_be_in_files(case, equal, tmp_path):
+    """`lm_head.weight` next to the embedding. If they differ, transformers does not tie them."""
+    command, build = WITH_TIED_WEIGHTS[case]
+    build().save_pretrained(tmp_path / "in")
+
+    def add_head(held: dict[str, Tensor]) -> None:
+        embedding = held["model.embed_tokens.weight"]
+        held["lm_head.weight"] = embedding.clone() if equal else torch.randn_like(embedding)
+
+    rewrite_weights(tmp_path / "in", add_head)
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "in"), torch.arange(3, 21).view(2, 9)
+    if command:
+        assert run_command(command, tmp_path) == 0
+    else:
+        export(model).save_pretrained(tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tolerance = 0.5 if command == "quantize" else 1e-4  # logits are up to 20
+    torch.testing.assert_close(found(tokens).logits, model(tokens).logits, atol=tolerance, rtol=0)
+    assert found.lm_head.weight.equal(model.lm_head.weight)
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == equal
+    if "export" in case:  # engines do not compare the weights
+        assert found.config.tie_word_embeddings == equal
 
 
 def to_integers(held: dict[str, Tensor], name: str, dtype: torch.dtype) -> None:

@@ -90,7 +90,8 @@ def test_export_returns_the_stock_folder(name, tmp_path):
     assert all(after[key].equal(value) and after[key].dtype == value.dtype for key, value in before.items())
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("in", "out")]
     added = configs[1].keys() - configs[0].keys()
-    assert added <= {"rope_theta", "rope_scaling", "num_experts", "num_local_experts"}  # which engines read
+    # which engines read
+    assert added <= {"rope_theta", "rope_scaling", "partial_rotary_factor", "num_experts", "num_local_experts"}
     assert {key: value for key, value in configs[1].items() if key not in added} == configs[0]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(found) is type(stock)
@@ -248,6 +249,23 @@ def test_merge_needs_a_weight_for_each_part_of_the_adapter(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_next_to_the_model(tmp_path, capsys):
+    """Their configuration was copied without their weights, so that the new folder did not load."""
+    model = from_transformers(build_model("Mixtral", hidden=32))
+    model.save_pretrained(tmp_path / "in")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    for folder in ("in", "adapter"):
+        adapted.save_pretrained(tmp_path / folder)
+    prune_words, merge_words = ["prune", "--by", "random", "--keep", "3"], ["merge", "--adapter", tmp_path / "adapter"]
+    for command, *options in (["upcycle"], ["convert"], ["quantize"], ["export"], prune_words, merge_words):
+        assert main([*map(str, (command, tmp_path / "in", tmp_path / "out", *options))]) == 1
+        assert "in also contains adapters (adapter_config.json)" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    run_command("merge", tmp_path / "in", tmp_path / "out", "--adapter", tmp_path / "in")
+    found, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("out", "in"))
+    torch.testing.assert_close(found(TOKENS).logits, wanted(TOKENS).logits, atol=1e-5, rtol=0)
+
+
 def test_settings_of_convert_are_checked_before_anything_is_written(tmp_path):
     wrong: list[dict[str, Any]] = [dict(bit=4), dict(bits=4, block=48), dict(bits=8, block=48)]
     for settings in wrong:
@@ -288,3 +306,6 @@ def test_a_model_of_images_whose_class_transposes_experts(tmp_path):
     found = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "out")
     tokens = torch.randint(3, 20, (1, 7))
     torch.testing.assert_close(found(tokens).logits, stock.eval()(tokens).logits, atol=1e-5, rtol=1e-5)
+    run_command("convert", tmp_path / "in", tmp_path / "cast", "--dtype", "bfloat16")
+    config = read_config(tmp_path / "cast")
+    assert config.dtype == config.text_config.dtype == config.vision_config.dtype == torch.bfloat16

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.transformers_families import build_model as build_family
 from support.transformers_models import ARCHITECTURES
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import export, from_transformers, replace_ffn, to_transformers, upcycle
@@ -72,6 +81,24 @@ def test_earlier_entries_are_written_and_load_with_equal_bits(kind, tmp_path):
     assert type(loaded) is type(made)
     assert loaded.config.to_diff_dict() == made.config.to_diff_dict()
     assert torch.equal(loaded(tokens).logits, made(tokens).logits)
+
+
+def test_partial_rotary_embeddings_and_models_of_images_have_earlier_entries(tmp_path):
+    rope = dict(ROPE, partial_rotary_factor=0.5)
+    for kind, model_class, settings, entries in (
+        ("glm4_moe", Glm4MoeForCausalLM, dict(rope_parameters=rope), dict(partial_rotary_factor=0.5)),
+        ("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration, {}, dict(rope_theta=500000.0, num_experts=4)),
+    ):
+        model = build_family(kind, model_class, **settings)
+        folders, tokens = (tmp_path / kind, tmp_path / f"{kind} back"), torch.randint(3, 20, (2, 9))
+        model.save_pretrained(folders[0])
+        expected = model(tokens).logits
+        to_transformers(from_transformers(model)).save_pretrained(folders[1])
+        written = read_config(folders[1])
+        assert entries.items() <= written.get("text_config", written).items()
+        before, after = (AutoConfig.from_pretrained(folder).to_diff_dict() for folder in folders)
+        assert after == before
+        assert torch.equal(model_class.from_pretrained(folders[1])(tokens).logits, expected)
 
 
 def test_scaled_rotary_embeddings_have_their_earlier_entry(tmp_path):

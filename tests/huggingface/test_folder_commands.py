@@ -144,9 +144,11 @@ def test_failed_command_leaves_nothing(tmp_path, capsys):
     save_model("gpt2", tmp_path / "gpt2")
     assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "moe")]) == 0
     assert main(["upcycle", str(tmp_path / "gpt2"), str(tmp_path / "moe2")]) == 0
+    (tmp_path / "link").symlink_to("nowhere")
     before = sorted(os.listdir(tmp_path))
     for words, problem in [
         (("upcycle", "in", "moe"), "moe already exists; choose another name"),
+        (("upcycle", "in", "link"), "link already exists; choose another name"),
         (("upcycle", "moe", "out"), "moe already has experts"),
         (("export", "in", "out"), "in has no experts"),
         (("export", "moe2", "out"), "transformers has no mixture-of-experts class for GPT2LMHeadModel"),

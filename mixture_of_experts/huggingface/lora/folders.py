@@ -42,7 +42,7 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
         raise ImportError("merging adapters requires PEFT: pip install 'peft>=0.21'") from error
     if not (adapter / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}; pass the folder where PEFT saved the adapters")
-    model = read_experts_model(source, "merge adapters into")
+    model = read_experts_model(source, "merge adapters into", adapter)
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         raise ValueError(
             f"{source} has quantized experts, so adapters cannot be merged into it; pass the folder of the unquantized "

@@ -87,7 +87,9 @@ def convert_folder(
         paths = list(find_layers(model))
     dtypes = {} if dtype is None else plan_dtypes(config, dtype)
     if dtype is not None:
-        model.config.dtype = dtype
+        for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
     state = model.state_dict()
 
     def change(path: str) -> dict[str, Tensor]:
@@ -133,6 +135,8 @@ def read_stock_model(source: Path, config: Any) -> tuple[Any, list[str], dict[st
     blocks, held = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
     check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, held)))
     load_weights(model, {name: held[name] for name in held if not name.startswith(blocks)}, weights)
+    missing = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    model.tie_weights(missing, recompute_mapping=False)  # does not tie weights that differ in the files
     return model, paths, weights
 
 

@@ -120,7 +120,7 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     entry names to the current names."""
     rope, entries = config.get("rope_parameters"), {}
     if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same rope_theta
-        entries["rope_theta"] = rope["rope_theta"]
+        entries = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     for alias, name in aliases.items():
@@ -129,18 +129,20 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in entries.items() if name not in config}
 
 
-def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
+def complete_folder(folder: Path, stock_config: Any, source: str = "") -> None:
     """Complete the folder of a stock model with the entries and files that engines need, and warn about engines whose
     results would differ.
 
     Args:
         folder: the folder of the stock model, which must contain `config.json`.
-        aliases: the current names of configuration entries, keyed by alternative name.
+        stock_config: the configuration of the stock model.
         source: the folder or cached hub repository from which the tokenizer is copied if `folder` has no tokenizer.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config |= find_engine_entries(config, aliases)
+    config |= find_engine_entries(config, stock_config.attribute_map)
+    if text := config.get("text_config"):
+        text |= find_engine_entries(text, stock_config.text_config.attribute_map)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # if the folder contained the files of two tokenizers, an engine could read the wrong one
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
@@ -195,7 +197,7 @@ class EngineSave:
         if (args[0] if args else kwargs.get("is_main_process", True)) and (
             Path(save_directory) / "config.json"
         ).exists():
-            complete_folder(Path(save_directory), model.config.attribute_map, self.source)
+            complete_folder(Path(save_directory), model.config, self.source)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineSave:
         copied = EngineSave(copy.deepcopy(self.twin, memo), self.source)

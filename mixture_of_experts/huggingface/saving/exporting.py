@@ -158,6 +158,7 @@ def export(model: nn.Module) -> Any:
     """
     plan, state = plan_export(check_model("model", model)), model.state_dict()
     check_not_on_meta(model, type(model).__name__)
+    untie_weights(plan.stock_model, model)
     exported = plan.convert_rest(state)
     for path in plan.layers:
         exported |= plan.convert_layer(path)
@@ -201,6 +202,16 @@ def plan_export(model: Any) -> ExportPlan:
             return ExportPlan(stock, layers, target)
         reasons.append(f"{target.prefix}: {', '.join(problems)}")
     raise ValueError(f"no transformers class supports all properties of {name}. Unsupported: {'; '.join(reasons)}")
+
+
+def untie_weights(stock: Any, model: Any) -> None:
+    """Untie the stock model's weights that are not tied in `model`. `transformers` does not tie weights that differ in
+    the files, whatever the configuration specifies."""
+    tied, state = stock.all_tied_weights_keys, model.state_dict(keep_vars=True)
+    stock.all_tied_weights_keys = {name: other for name, other in tied.items() if state[name] is state[other]}
+    if tied and not stock.all_tied_weights_keys:
+        for config in (stock.config, stock.config.get_text_config()):  # engines do not compare the weights
+            config.tie_word_embeddings = False
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:

@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.private_transformers import convert_to_saved
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
 from mixture_of_experts.huggingface.saving.engine_folders import CHAT_TEMPLATES_FOLDER, complete_folder
-from mixture_of_experts.huggingface.saving.exporting import plan_export
+from mixture_of_experts.huggingface.saving.exporting import plan_export, untie_weights
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
 from mixture_of_experts.huggingface.saving.restore import insert_experts
 from mixture_of_experts.huggingface.saving.shards import (
@@ -42,6 +42,8 @@ from mixture_of_experts.huggingface.saving.shards import (
 from mixture_of_experts.huggingface.saving.weight_names import own_names
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+NOT_COPIED = ("config.json", ADAPTER_CONFIG_FILE)  # in addition to files of weights
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
@@ -94,11 +96,12 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     model = read_experts_model(source, "export")
     blocks = any(isinstance(layer, SparseFeedForward) for layer in find_layers(model).values())
     plan = plan_stock_export(model) if blocks else plan_export(model)
+    untie_weights(plan.stock_model, model)
     rest = plan.convert_rest(model.state_dict())
     stock, read = plan.stock_model, rest.__getitem__
 
     def finish(folder: Path) -> None:
-        complete_folder(folder, stock.config.attribute_map)
+        complete_folder(folder, stock.config)
 
     rewrite_folder(stock, read, plan.layers, plan.convert_layer, source, target, max_shard_size, finish)
 
@@ -121,7 +124,7 @@ def rewrite_folder(
     before it is renamed. If the process is killed by SIGKILL, a folder named `.NAME.xxxx.unfinished` without
     `config.json` remains.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():  # `exists` is False for a link to a missing file
         raise FileExistsError(f"{target} already exists; choose another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
@@ -141,7 +144,7 @@ def rewrite_folder(
             with naming_unwritable_file(target / file.name):
                 if file.name == CHAT_TEMPLATES_FOLDER:
                     shutil.copytree(file, folder / file.name)
-                elif file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
+                elif file.is_file() and file.name not in NOT_COPIED and not file.name.endswith(WEIGHT_SUFFIXES):
                     shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
         with naming_unwritable_file(target / "config.json"):
@@ -172,9 +175,10 @@ def naming_unwritable_file(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_experts_model(source: Path, action: str) -> Any:
-    """Like `read_model`, but raise ValueError if the model in the folder has no experts."""
-    config = read_config(source)
+def read_experts_model(source: Path, action: str, adapter: Path | None = None) -> Any:
+    """Like `read_model`, but raise ValueError if the model in the folder has no experts. `adapter` is the folder of the
+    adapters to merge into the model."""
+    config = read_config(source, adapter)
     if not read_layer_entries(config):
         raise ValueError(
             f"{source} has no experts from this package, so there is nothing to {action}; add experts to a stock model "
@@ -223,12 +227,17 @@ def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError |
     return None
 
 
-def read_config(source: Path) -> Any:
+def read_config(source: Path, adapter: Path | None = None) -> Any:
     """Return the configuration in a folder, without accessing the hub or running code from the folder. Raise ValueError
-    if the model was quantized by another library."""
+    if the model was quantized by another library, or if the folder contains adapters and is not `adapter`."""
     if not source.is_dir():
         raise FileNotFoundError(
             f"{source} is not a folder, and models are not downloaded automatically; download the model first"
+        )
+    if (source / ADAPTER_CONFIG_FILE).exists() and not (adapter is not None and adapter.samefile(source)):
+        raise ValueError(
+            f"{source} also contains adapters ({ADAPTER_CONFIG_FILE}), which from_pretrained applies to the model; "
+            "merge them first, or move the adapter files to another folder"
         )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     method = read_quantization(config).get("quant_method", MODEL_TYPE)
