@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from mixture_of_experts import ExpertChoiceGating, MoE, NoisyTopKGating, TopKGating
+from mixture_of_experts import ExpertChoiceGating, Experts, MoE, NoisyTopKGating, TopKGating, TopPGating
 from mixture_of_experts.verify import assert_holds, verify
 from mixture_of_experts.verify.__main__ import main
-from tests.support.faulty_layers import DESCRIPTION, FAULTS, make_faulty_layer
+from mixture_of_experts.wrappers import ZeroComputationExperts
+from tests.support.faulty_layers import DESCRIPTION, FAULTS, ReferenceMixture, ReferenceRouter, make_faulty_layer
 from tests.support.verify_random_layers import (
     DEFAULT_PROPERTIES,
     draw_configurations,
@@ -60,6 +61,70 @@ def test_one_balanced_batch_is_no_fault():
     for seed in range(117, 124):
         torch.manual_seed(seed)
         assert verify(MoE(16, gate=TopKGating(16, 4)), properties=["loss_accumulation"]).failed == [], seed
+
+
+class SmallLoss(ReferenceMixture, breaks=()):
+    """A correct layer whose float32 router rounds the loss, so that finite differences are inexact."""
+
+    coefficient = 1.0
+
+    class Gate(ReferenceRouter):
+        def logits(self, x):
+            return super().logits(x).float()
+
+    def compute_loss(self, chosen, probs, real):
+        return self.coefficient * super().compute_loss(chosen, probs, real)
+
+
+@pytest.mark.parametrize("coefficient", [1, 1e-2, 1e-4, 0])
+def test_small_loss_is_no_fault(coefficient):
+    for seed in range(4):  # seed 2 has a balanced batch: its loss has no gradient
+        torch.manual_seed(seed)
+        layer = SmallLoss()
+        layer.coefficient = coefficient
+        assert_holds(layer, "gradients", "loss_scale", loss=1, dim=8)
+
+
+def make_layer_with_identity_experts() -> nn.Module:
+    """Experts 6 and 7 have no weights. Neither the weights of expert 0 nor one of their shape are used."""
+    experts = ZeroComputationExperts(Experts(8, 6), num_identity=2)
+    layer = MoE(8, gate=TopKGating(8, 8, expert_bias=True), experts=experts)
+    layer.gate.expert_bias[0] = -9.0
+    layer.unused = nn.Parameter(torch.ones(experts.experts.w1.shape[1:]))
+    return layer
+
+
+CORRECT = {
+    "k=1": lambda: MoE(8, gate=TopKGating(8, 16, k=1)),
+    "k=2": lambda: MoE(8, gate=TopKGating(8, 8, k=2)),
+    "top-p": lambda: MoE(8, gate=TopPGating(8, 8, 4)),
+    "list": lambda: MoE(8, gate=TopKGating(8, 4, k=1), experts=[nn.Linear(8, 8) for _ in range(4)]),
+    "identity": make_layer_with_identity_experts,
+}
+
+
+@pytest.mark.parametrize("build", CORRECT.values(), ids=CORRECT)
+def test_computed_choices_are_not_lost(build):
+    torch.manual_seed(0)
+    finding = verify(build(), properties=["every_choice"]).findings["every_choice"]
+    assert (finding.verdict, finding.number) == ("holds", 0.0)
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_layer()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+def test_rounding_limit_ignores_changed_choices():
+    torch.manual_seed(12)  # a rescaled token chooses another expert
+    layer = MoE(8, gate=TopPGating(8, 8, 4))
+    assert verify(layer, properties=["order"]).findings["order"].limit == 1e-4
+    assert verify(UnderAutocast(), dim=8, properties=["order"]).findings["order"].limit > 1e-3
 
 
 @pytest.mark.parametrize(("count", "each"), [(3, 4), pytest.param(200, 1, marks=pytest.mark.slow)])

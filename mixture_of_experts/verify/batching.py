@@ -3,7 +3,9 @@ work."""
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -166,24 +168,44 @@ def every_choice(trial: Trial) -> Deviations:
     if asked.dtype != torch.bool:  # -1 means no expert
         asked = one_hot(asked + 1).sum(dim=1)[:, 1:]
     asked = asked.float()  # (t, e)
-    reached = torch.stack(
-        [find_reached_weights(trial.step(token, loss_from="output")) for token in alone]
-    ).float()  # (t, w)
+    rows, grads = [], []
+    for token in alone:
+        grads = split_weight_gradients(trial.step(token, loss_from="output"))
+        rows.append([bool(grad.any()) for grad in grads])
+    reached = torch.tensor(rows).to(asked)  # (t, w)
     # (w): number of tokens that choose the weight's expert, that is, the expert chosen by all tokens that reach the
     # weight
-    choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
+    candidates = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf)  # (w, e)
+    choosing = candidates.amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():
         raise NotApplicableError("the module has no weights that belong to a single expert")
-    lost = 1 - (reached.sum(dim=0)[own].sum() / choosing[own].sum()).item()
+    owners = (candidates == choosing.unsqueeze(-1))[own].any(dim=0)  # (e)
+    idle = count_idle_experts([grad.shape for grad in grads], own, ~reached.any(dim=0), int(owners.sum()))
+    # identity experts own no weights either, so count the choices of the least chosen experts
+    idle_choices = asked.sum(dim=0)[~owners].sort().values[:idle].sum()
+    wanted = choosing[own].sum() + idle_choices * own.sum() / owners.sum()
+    lost = 1 - (reached.sum(dim=0)[own].sum() / wanted).item()
     yield Deviation(lost, f"{lost:.1%} of the choices reach no weights of their own")
 
 
-def find_reached_weights(outcome: Outcome) -> Tensor:
-    """Return a bool mask `(w,)` that is True for weights with a nonzero gradient. A parameter has one entry for each
-    slice along its first dimension if it has three or more dimensions, and a single entry otherwise."""
+def split_weight_gradients(outcome: Outcome) -> list[Tensor]:
+    """Return the gradients of a module's weights. A parameter has one weight for each slice along its first dimension
+    if it has three or more dimensions, and a single weight otherwise."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
-    return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
+    return [each for grad in grads for each in (grad if grad.dim() > 2 else grad.unsqueeze(0))]
+
+
+def count_idle_experts(shapes: list[torch.Size], own: Tensor, unused: Tensor, num_owners: int) -> int:
+    """Return the number of experts that no token reaches. Their weights have the shapes of weights that belong to other
+    experts.
+
+    Args:
+        shapes, own, unused: each weight's shape, whether it belongs to an expert, and whether no token reaches it.
+        num_owners: number of experts that own weights.
+    """
+    owned, idle = (Counter(compress(shapes, mask)) for mask in (own, unused))
+    return min(idle[shape] * num_owners // count for shape, count in owned.items())
 
 
 @layer_property("an empty batch gives finite numbers", cases=SMALL_CASES[:1])

@@ -67,7 +67,8 @@ def loss_accumulation(trial: Trial) -> Deviations:
 
 @layer_property("scaling the loss scales the gradients", modes=TRAINING_ONLY)
 def loss_scale(trial: Trial) -> Deviations:
-    yield compare_outcomes(trial.step(scale=1024), trial.step())
+    for of in ("output", "loss"):
+        yield compare_outcomes(trial.step(scale=1024, loss_from=of), trial.step(loss_from=of), context=f", of the {of}")
 
 
 @layer_property(

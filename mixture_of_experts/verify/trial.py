@@ -194,9 +194,12 @@ class Trial:
 
     def estimate_rounding(self) -> float:
         """Return the second-order difference of the output when the inputs are scaled. The result is large only if the
-        module computes in bfloat16."""
-        a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
-        return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
+        module computes in bfloat16. The 2% of tokens that differ most are ignored, because scaling may change their
+        choices."""
+        trial = replace(self, case=Case(4, 48, 0))
+        a, b, c = (trial.forward(trial.make_tokens() * factor)["output"].double() for factor in (0.9999, 1, 1.0001))
+        differences = ((a + c) / 2 - b).abs().amax(dim=-1).flatten()
+        return (differences.quantile(0.98) / b.abs().max().clamp(min=1e-7)).item()
 
 
 def infer_arguments(trial: Trial) -> Trial:

@@ -191,6 +191,17 @@ class LossIgnoresScale(ReferenceMixture, breaks=("loss_scale",)):
         out, loss = super().forward(inputs, mask)
         return Attach.apply(out, loss), loss.detach()  # pyright: ignore[reportReturnType]
 
+    def compute_loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        return 1e-4 * super().compute_loss(chosen, probs, real)
+
+
+class DoubledLossGradient(ReferenceMixture, breaks=("gradients",)):
+    """A small loss: the output must not hide it."""
+
+    def compute_loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        loss = 1e-2 * super().compute_loss(chosen, probs, real)
+        return 2 * loss - loss.detach()
+
 
 class DoubledGradient(ReferenceMixture, breaks=("gradients",)):
     """Megatron #5956: gradients of experts that are multiplied by the size of a group."""
@@ -374,6 +385,13 @@ class LastChoice(ReferenceMixture, breaks=("every_choice",)):
 
     def weigh_choices(self, weights: Tensor, shape: torch.Size) -> Tensor:
         return weights * (weights < weights.amax(dim=-1, keepdim=True))
+
+
+class NeverComputed(ReferenceMixture, breaks=("every_choice",)):
+    """A loop over experts that ends one too early."""
+
+    def weigh_choices(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights * (torch.arange(weights.shape[-1]) < weights.shape[-1] - 1)
 
 
 class EveryFourthCall(ReferenceMixture, breaks=("bits",)):
