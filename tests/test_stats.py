@@ -534,6 +534,63 @@ def test_gate_without_forward():
         stats.last("unused.gate")
 
 
+class Layers(nn.Module):
+    """Calls its layers one after the other, and fails afterwards if `error` is set."""
+
+    def __init__(self, *layers: MoE) -> None:
+        super().__init__()
+        self.layers, self.error = nn.ModuleList(layers), None
+
+    def forward(self, x: Tensor) -> None:
+        for layer in self.layers:
+            layer(x)
+        if self.error is not None:
+            raise self.error
+
+
+def test_each_loss_is_averaged_over_the_forwards_that_report_it():
+    gate, x, reported = TopKGating(8, 4), torch.randn(3, 5, 8), []
+    gate.register_forward_hook(lambda _, __, routing: reported.append({k: v.item() for k, v in routing.losses.items()}))
+    plain, batch, score = (
+        MoE(8, gate=gate, loss_coefs=coefs) for coefs in ({}, {"balance_batch": 1}, {"balance_score": 1})
+    )
+    for layers in ((plain, batch), (batch, plain), (batch, score)):
+        reported.clear()
+        model = Layers(*layers)
+        with track_routing(model) as stats:
+            model(x)
+        names = {name for losses in reported for name in losses}
+        values = {name: [losses[name] for losses in reported if name in losses] for name in names}
+        assert stats.last("layers.0.gate").losses == pytest.approx({k: sum(v) / len(v) for k, v in values.items()})
+    with track_routing(batch) as stats:
+        batch(x)
+        before = stats.records("gate")[0].losses
+        batch.loss_coefs = {"balance_score": 0.1}
+        batch(x)
+    assert stats.records("gate")[0].losses == before
+    assert stats.records("gate")[1].losses.keys() == {"balance", "z", "balance_score"}
+
+
+def test_only_failed_forwards(tmp_path):
+    model = Layers(MoE(8, 4))
+    model.error = MemoryError()
+    with track_routing(model) as stats, pytest.raises(MemoryError):
+        model(torch.randn(1, 3, 8))
+    for read in (stats.plot, partial(stats.report, tmp_path / "report.html"), partial(stats.last, "layers.0.gate")):
+        with pytest.raises(RuntimeError, match="no forward pass of a gate was recorded"):
+            read()
+
+
+def test_an_incomplete_step_is_reported():
+    moe = MoE(8, 4)
+    with track_routing(moe, keep=4) as stats:
+        for _ in range(10):
+            moe(torch.randn(1, 3, 8))
+        stats.step()
+        with pytest.warns(UserWarning, match="step 0 of 'gate' may be incomplete.*larger keep than 4"):
+            assert stats.last("gate").forwards == 5
+
+
 def test_too_many_losses():
     moe, more = MoE(DIM, 3, gate=OneExpert()), {f"part {i}": torch.zeros(()) for i in range(12)}
     moe.gate.register_forward_hook(lambda gate, args, routing: routing.losses.update(more))

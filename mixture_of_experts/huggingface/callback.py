@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from statistics import fmean
 from typing import Any
 
@@ -16,12 +16,13 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 class RoutingCallback(TrainerCallback):
     """A callback that adds routing statistics to the Trainer's logs. The statistics cover all micro-batches of the last
-    optimizer step in which at least one gate ran.
+    optimizer step in which at least one gate ran. Forward passes without gradients, such as sampling, are ignored.
 
-    `routing/balance` (1 means balanced), `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped
-    choices) are averaged over layers. `routing/max_load` is the highest expert load in any layer (1 means balanced),
-    and `routing/dead_experts` is the total number of dead experts. Layers whose gates did not run in this step are
-    ignored. The callback supports models with `MoE` layers as well as `transformers` MoE models.
+    `routing/balance` (the load-balancing loss; for top-k and top-p routers, 1 means balanced), `routing/entropy` (in
+    nats) and `routing/dropped` (the fraction of dropped choices) are averaged over layers. `routing/max_load` is the
+    highest expert load in any layer (1 means balanced), and `routing/dead_experts` is the total number of dead experts.
+    Layers whose gates did not run in this step are ignored. The callback supports models with `MoE` layers as well as
+    `transformers` MoE models.
 
     Use `log_routing` to add this callback to a Trainer. If this callback were passed to the Trainer's constructor, it
     would run after the reporting callbacks, and the statistics would appear only in `log_history`.
@@ -38,21 +39,23 @@ class RoutingCallback(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._hooks.close()
         self.stats = self._hooks.enter_context(track_routing(kwargs["model"], keep=1024, when="training"))
+        self.stats._counter.requires_grad = True
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.stats is None:
-            return
-        try:
-            self.stats.step()
-        except RuntimeError as error:  # training continues without the statistics
-            warnings.warn(f"routing statistics are no longer logged: {error}", stacklevel=2)
-            self.on_train_end()
-            self.stats = None
+        if self.stats is not None:
+            with suppress(RuntimeError):  # if nothing was recorded, `on_log` warns
+                self.stats.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.stats is None or logs is None or "loss" not in logs:  # this is not a training log
             return
-        latest = self.stats.latest()
+        try:
+            latest = self.stats.latest()
+        except RuntimeError as error:  # training continues without the statistics
+            warnings.warn(f"routing statistics are no longer logged: {error}", stacklevel=2)
+            self.on_train_end()
+            self.stats = None
+            return
         records = [record for record in latest if record.step == max(other.step for other in latest)]
         values = summarize_records(records)
         if self.layers:

@@ -32,8 +32,8 @@ class Record:
         layer: path of the gate in the model.
         step: step number, starting at 0, or -1 if the record combines all steps.
         forwards: number of the gate's forward passes in this record.
-        losses: the gate's losses before coefficients are applied, keyed by name (such as "balance" and "z") and
-            averaged over forward passes.
+        losses: the gate's losses before coefficients are applied, keyed by name (such as "balance" and "z"), each
+            averaged over the forward passes that reported it.
         tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
             choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.

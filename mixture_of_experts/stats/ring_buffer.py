@@ -9,6 +9,7 @@ model. Each forward pass keeps its state in its own `TrackedCall`, so threads do
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ INVALID_FORWARD = -1
 class TrackedCall(ForwardCall):
     """An ongoing forward pass of the tracked model."""
 
+    is_recorded: bool = True
     clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # clock values at the start of the pass
 
 
@@ -44,11 +46,15 @@ class ForwardCounter(ForwardWatch):
 
     Args:
         when: which forward passes to record, as in `track_routing`.
+
+    Attributes:
+        requires_grad: whether to ignore forward passes that begin with gradients disabled, such as sampling.
     """
 
     when: str
     buffers: list[GateRingBuffer] = field(default_factory=list)
     was_called: bool = False
+    requires_grad: bool = False
     thread_id: int = field(default_factory=threading.get_ident)  # ID of the thread that entered the context
 
     def stop_recording(self) -> None:
@@ -63,8 +69,8 @@ class ForwardCounter(ForwardWatch):
         if not torch.compiler.is_compiling() and get_backward_id() != -1:
             return None  # a recomputation
         self.was_called = True
-        call = TrackedCall()
-        if self.is_recorded(module):
+        call = TrackedCall(is_recorded=torch.is_grad_enabled() or not self.requires_grad)
+        if call.is_recorded and self.is_recorded(module):
             with hold_write_lock():
                 for ring in self.buffers:
                     ring.clock[1].add_(1)
@@ -110,19 +116,19 @@ def hold_write_lock() -> AbstractContextManager[Any]:
 
 @dataclass(eq=False)
 class GateRingBuffer:
-    """The most recent rows of one gate. A row stores the losses and statistics in float32, which is exact for up to 16
-    million choices per forward pass. A row's step number and forward-pass number are int64, so runs can have any
-    length.
+    """The most recent rows of one gate. A row stores the losses, the index of their names in `loss_names`, and the
+    statistics in float32, which is exact for up to 16 million choices per forward pass. A row's step number and
+    forward-pass number are int64, so runs can have any length.
 
     Attributes:
-        loss_names: names of the losses.
+        loss_names: the different tuples of loss names that forward passes reported.
         load_shape: shape of the load.
     """
 
     router: RouterHandle
     counter: ForwardCounter
     keep: int
-    loss_names: tuple[str, ...] = ()
+    loss_names: list[tuple[str, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         router = self.router
@@ -130,11 +136,12 @@ class GateRingBuffer:
         self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)
         self.has_bias: bool = router.expert_bias is not None
         # a traced graph cannot store names, but it can call a function (not a method) with a constant result
-        self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
+        self.index_loss_names: Any = assume_constant_result(lambda names: self._index_loss_names(names))
         with torch.inference_mode(False), router.device:  # outside inference mode, inference tensors cannot be modified
             # the additional row shows whether the step after it is complete
             size = self.keep + 1
-            self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
+            width = MAX_LOSSES + 1 + count_measurements(self.load_shape)
+            self.rows: Tensor = torch.zeros(size, width, dtype=torch.float32)
             # step number and forward number of each row
             self.numbers: Tensor = torch.full((size, 2), INVALID_FORWARD, dtype=torch.int64)
             self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
@@ -143,18 +150,20 @@ class GateRingBuffer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the records on the CPU, without the model. A copy can be read, but it does not record anything."""
-        state = {name: value for name, value in vars(self).items() if name not in ("router", "store_loss_names")}
+        state = {name: value for name, value in vars(self).items() if name not in ("router", "index_loss_names")}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
-    def _store_loss_names(self, losses: tuple[str, ...]) -> None:
-        if len(losses) > MAX_LOSSES:
-            raise ValueError(f"{self.name!r} has {len(losses)} losses, but at most {MAX_LOSSES} can be recorded")
-        self.loss_names = losses
+    def _index_loss_names(self, names: tuple[str, ...]) -> int:
+        if len(names) > MAX_LOSSES:
+            raise ValueError(f"{self.name!r} has {len(names)} losses, but at most {MAX_LOSSES} can be recorded")
+        if names not in self.loss_names:
+            self.loss_names.append(names)
+        return self.loss_names.index(names)
 
     def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
         """Append the row of a forward pass. This method only modifies tensors in place, because `torch.compile` traces
         it."""
-        self.store_loss_names(tuple(routing.losses))
+        names_index = self.index_loss_names(tuple(routing.losses))
         if not self.counter.is_recorded(gate):
             return
         call, compiling = call_stack.current_call(self.counter), torch.compiler.is_compiling()
@@ -165,12 +174,14 @@ class GateRingBuffer:
                     "that you actually call"
                 )
             return  # a recomputation, or a forward pass that another thread started before the context
+        if not call.is_recorded:
+            return
         # a graph cannot read the tensors of `call`, which was created outside of the graph
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
             losses = [value.float().reshape(1) for value in routing.losses.values()]
-            rest, numbers = self.rows.new_zeros(MAX_LOSSES - len(losses)), measure_routing(routing, importance)
-            row = torch.cat([*losses, rest, numbers])
+            rest = self.rows.new_full((MAX_LOSSES + 1 - len(losses),), names_index)
+            row = torch.cat([*losses, rest, measure_routing(routing, importance)])
             with hold_write_lock():
                 place = self.num_written % (self.keep + 1)
                 self.rows.index_copy_(0, place, row.unsqueeze(0))
@@ -187,12 +198,24 @@ class GateRingBuffer:
         rows = rows[numbers.argsort(stable=True)]  # threads may write their rows in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
+        if not steps or int(self.num_written) <= self.keep:
+            return steps
         # once rows have been overwritten, the oldest step may be incomplete
-        return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
+        if len(steps) == 1:
+            warnings.warn(
+                f"step {steps[0][0]} of {self.name!r} may be incomplete, because track_routing keeps only the last "
+                f"forward passes of each gate; pass a larger keep than {self.keep}",
+                stacklevel=2,
+            )
+        return steps[1:] or steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
         """Combine several steps into one record with the first step's number."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
-        losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
-        named = dict(zip(self.loss_names, losses.tolist(), strict=False))
-        return make_record(self.name, steps[0][0] if steps else -1, named, rows[:, MAX_LOSSES:], self.load_shape)
+        losses, numbers = rows[:, : MAX_LOSSES + 1], rows[:, MAX_LOSSES + 1 :]
+        reported: dict[str, list[float]] = {}
+        for *values, names_index in losses.tolist():
+            for name, value in zip(self.loss_names[int(names_index)], values, strict=False):
+                reported.setdefault(name, []).append(value)
+        means = {name: sum(values) / len(values) for name, values in reported.items()}
+        return make_record(self.name, steps[0][0] if steps else -1, means, numbers, self.load_shape)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 TrackingMode = Literal["always", "training", "eval"]
 MAX_DRAWN = 24  # maximum number of gates that a report draws; drawing 300 gates took half a minute
 NOTHING_RECORDED_ERROR = (
-    "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context. If it "
-    "was compiled and called before, its graph has no hooks; call torch.compiler.reset() first, or enter track_routing "
-    "before the first compiled call"
+    "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context, and "
+    "let the call succeed. If the model was compiled and called before, its graph has no hooks; call "
+    "torch.compiler.reset() first, or enter track_routing before the first compiled call"
 )
 
 
@@ -58,7 +58,8 @@ def track_routing(
 
     Args:
         model: the module that you call. Gates are recorded only during a forward pass of this module.
-        keep: number of forward passes to keep per gate. The oldest passes are discarded.
+        keep: number of forward passes to keep per gate. The oldest passes are discarded. If a step has more forward
+            passes, its record is incomplete, and reading it warns.
         when: "training" or "eval" to record only forward passes in that mode, or "always" to record all.
         gates: the gates to record, specified as gate names, gate modules, or layers that contain gates. Default: all.
 
@@ -271,10 +272,10 @@ class RoutingStats:
 
     def _read_steps(self, layer: str) -> list[StepRows]:
         """Return the stored steps of a gate. Raise a RuntimeError if nothing was recorded for any gate."""
-        ring = self._get_buffer(layer)
-        if not any(int(each.num_written) for each in self._buffers.values()):
+        steps = self._get_buffer(layer).read_steps(self._steps_are_joined)
+        if not steps and not any(ring.read_steps(self._steps_are_joined) for ring in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
-        return ring.read_steps(self._steps_are_joined)
+        return steps
 
     def _diagnose(self, layer: str) -> Iterator[str]:
         ring = self._get_buffer(layer)

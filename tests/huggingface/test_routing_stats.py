@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.transformers_models import make_two_lengths
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mixture_of_experts import MoE
@@ -134,6 +134,23 @@ def test_the_trainer_logs_it(tmp_path, theirs):
     assert last.tokens == 2 * 2 * 8  # of one optimizer step: two micro-batches of two sequences
     assert last.forwards == 2
     assert not any("routing/balance" in logs for logs in reporter.logs if "eval_loss" in logs)
+
+
+def test_forwards_without_gradients_are_not_logged(tmp_path):
+    """GRPO samples in training mode, which has another load than the micro-batches."""
+    made = make_trainer(build_model(), make_batch(16), tmp_path, max_steps=2, logging_steps=1)
+    callback, step = log_routing(made), made.training_step
+
+    def sample_first(model: nn.Module, inputs: dict[str, Tensor], *args) -> Tensor:
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"][:, :3])
+        return step(model, inputs, *args)
+
+    made.training_step = sample_first
+    made.train()
+    assert callback.stats is not None
+    last = callback.stats.last(callback.stats.layers[0])
+    assert (last.forwards, last.tokens) == (1, 2 * 8)
 
 
 def test_training_continues_without_router_forwards(tmp_path):
