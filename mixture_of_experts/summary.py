@@ -170,9 +170,10 @@ def choices_per_token(router: RouterHandle) -> float:
 
 def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
     parts: dict[Tensor, float] = {}
+    weights: dict[nn.Module, dict[str, Tensor]] = {}  # layers that share a module must share its placeholders, too
     flops = 0.0
     for module, part in iter_active_modules(model, active_modules.active_shares):
-        for parameter in get_direct_weights(module).values():
+        for parameter in weights.setdefault(module, get_direct_weights(module)).values():
             parts[parameter] = max(part, parts.get(parameter, 0.0))
         flops += 2 * part * count_matrix_weights(module, active_modules)
     active = sum(part * parameter.numel() for parameter, part in parts.items())
@@ -207,11 +208,14 @@ def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own parameters by name, using placeholders of the same shape for quantized weights."""
+    """Return a module's own parameters by name. For quantized experts, return placeholders of the weights' shapes, and
+    the biases."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if isinstance(module, QuantizedExperts):
-        names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]
+        buffers = dict(module.named_buffers(recurse=False))
+        names = [name.removesuffix("_packed") for name in buffers if name.endswith("_packed")]
         own |= {name: module.placeholder_weight(name) for name in names}
+        own |= {name: buffer for name, buffer in buffers.items() if is_bias_name(name)}
     return own
 
 

@@ -24,6 +24,7 @@ from mixture_of_experts import (
     TopPGating,
 )
 from mixture_of_experts.gating import RouterLogits
+from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.summary import Cost, summary
 from mixture_of_experts.unstack import unstack
 from mixture_of_experts.wrappers import LatentExperts, NormedExperts, ZeroComputationExperts
@@ -233,3 +234,12 @@ def test_parametrized_weights_are_multiplied():
     for module, name in ((moe.experts, "w1"), (moe.experts, "w2"), (moe.gate, "w_gating")):
         parametrize.register_parametrization(module, name, nn.Identity())
     assert summary(moe) == plain
+
+
+def test_quantized_experts_cost_as_much_as_before():
+    """Layers that share experts count them once, and biases are counted."""
+    experts = GatedExperts(32, 8, 64, bias=True)
+    model = nn.ModuleList(MoE(32, gate=TopKGating(32, 8, k=k), experts=experts) for k in (2, 3))
+    before = summary(model).model
+    quantize_experts(model.requires_grad_(False), 8)
+    assert summary(model).model == before
