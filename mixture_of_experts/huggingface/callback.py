@@ -18,11 +18,11 @@ class RoutingCallback(TrainerCallback):
     """A callback that adds routing statistics to the Trainer's logs. The statistics cover all micro-batches of the last
     optimizer step in which at least one gate ran. Forward passes without gradients, such as sampling, are ignored.
 
-    `routing/balance` (the load-balancing loss; for top-k and top-p routers, 1 means balanced), `routing/entropy` (in
-    nats) and `routing/dropped` (the fraction of dropped choices) are averaged over layers. `routing/max_load` is the
-    highest expert load in any layer (1 means balanced), and `routing/dead_experts` is the total number of dead experts.
-    Layers whose gates did not run in this step are ignored. The callback supports models with `MoE` layers as well as
-    `transformers` MoE models.
+    `routing/balance` (the load-balancing loss; 1 means balanced for `TopKGating` and routers of `transformers`),
+    `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped choices) are averaged over layers.
+    `routing/max_load` is the highest expert load in any layer (1 means balanced), and `routing/dead_experts` is the
+    total number of dead experts. Layers whose gates did not run in this step are ignored. The callback supports models
+    with `MoE` layers as well as `transformers` MoE models.
 
     Use `log_routing` to add this callback to a Trainer. If this callback were passed to the Trainer's constructor, it
     would run after the reporting callbacks, and the statistics would appear only in `log_history`.

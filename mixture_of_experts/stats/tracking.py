@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TrackingMode = Literal["always", "training", "eval"]
 MAX_DRAWN = 24  # maximum number of gates that a report draws; drawing 300 gates took half a minute
 NOTHING_RECORDED_ERROR = (
-    "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context, and "
-    "let the call succeed. If the model was compiled and called before, its graph has no hooks; call "
+    "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context. Calls "
+    "that raise an error are not recorded. If the model was compiled and called before, its graph has no hooks; call "
     "torch.compiler.reset() first, or enter track_routing before the first compiled call"
 )
 
