@@ -156,12 +156,12 @@ class LearnedScale(nn.Module):
         """Set the scales to 1."""
         nn.init.ones_(self.scale)
 
-    def forward(self, logits: Tensor, score: Tensor, expert: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Return the weights `(..., b, n, k)`. Scores are normalized over the `allowed` choices, or over all choices if
-        `allowed` is None."""
+    def forward(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the weights `(..., b, n, k)`. Scores are normalized over the `chosen` choices, or over all choices if
+        `chosen` is None."""
         weight = score.gather(-1, expert)
-        if allowed is not None:
-            weight = torch.where(allowed, weight, 0.0)
+        if chosen is not None:
+            weight = torch.where(chosen, weight, 0.0)
         scale = self.scale.to(weight.dtype)
         weight = weight / (weight.sum(dim=-1, keepdim=True) + NO_EPSILON)
         return weight * (scale if len(self.scale) == 1 else scale[expert])

@@ -225,7 +225,7 @@ class TopKGating(TokenChoiceGate):
         # the loss is computed before the weights so that the backward pass accumulates its gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
-        weight = self._compute_weights(logits, score, expert, chosen, allowed)
+        weight = self._compute_weights(logits, score, expert, chosen)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
@@ -324,9 +324,7 @@ class TopKGating(TokenChoiceGate):
             best = best & (totals != -torch.inf)
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
-    def _compute_weights(
-        self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None, allowed: Tensor | None
-    ) -> Tensor:
+    def _compute_weights(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
         """Return the weights `(..., b, n, k)` of the choices before normalization. A softmax is computed only over the
         `chosen` choices."""
         if self.weigh == "score":
@@ -337,7 +335,7 @@ class TopKGating(TokenChoiceGate):
                 logits = torch.where(chosen | ~chosen.any(dim=-1, keepdim=True), logits, -torch.inf)
             return logits.softmax(dim=-1)
         if isinstance(self.weigh, LearnedScale):
-            return self.weigh(logits, score, expert, allowed)
+            return self.weigh(logits, score, expert, chosen)
         assert callable(self.weigh)
         return self.weigh(logits, score, expert)
 

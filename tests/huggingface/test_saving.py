@@ -17,7 +17,7 @@ from support.transformers_models import ARCHITECTURES, DIM
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mixture_of_experts import ExpertChoiceGating, Experts, NoisyTopKGating, Top2Gating, TopKGating, force_routing
+from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, force_routing
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
@@ -199,10 +199,6 @@ def set_shared_expert_gate(moe) -> None:
     moe.shared_expert = GatedSharedExpert(moe.shared_expert, nn.Linear(moe.gate.dim, 1))
 
 
-def set_biased_experts(moe) -> None:
-    moe.experts = Experts(moe.gate.dim, 4, moe.experts.hidden_dim, moe.experts.act, bias=False)
-
-
 UNDESCRIBED: dict[str, tuple[str, str, Any]] = {
     "activation": ("block", "moe.experts.act", lambda moe: setattr(moe.experts, "act", nn.GELU())),
     "gate": ("block", "moe.gate", lambda moe: set_gate(moe, TopPGating(moe.gate.dim, moe.gate.num_experts, 2))),
@@ -215,7 +211,6 @@ UNDESCRIBED: dict[str, tuple[str, str, Any]] = {
         lambda moe: setattr(moe.shared_expert, "act", nn.ReLU()),
     ),
     "form of a shared expert": ("network", "moe.shared_expert", set_shared_expert_gate),
-    "biases": ("network", "moe.experts", set_biased_experts),
 }
 
 

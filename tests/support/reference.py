@@ -405,7 +405,7 @@ class TopK(TokenChoice):
     ) -> list[Tensor]:
         """What those of the k choices weigh that are made, where the weight is shared among these."""
         if self.scales is not None:
-            weights = scores[experts] / (scores[experts].sum() + 1e-20)
+            weights = scores[experts] / (scores[[experts[order] for order in shared]].sum() + 1e-20)
             weights = weights * (self.scales if len(self.scales) == 1 else self.scales[experts])
             return [weights[order] for order in made]
         weights = [scores[expert] for expert in experts]

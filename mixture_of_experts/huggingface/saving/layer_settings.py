@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from mixture_of_experts import gating
-from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.recipes import list_gate_arguments
@@ -127,30 +126,24 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_parts(feed_forward: MoEFeedForward) -> dict[str, str]:
-    """Return descriptions of the parts that an entry does not describe, keyed by path: activations, the weights of
-    experts, the shared expert and, if the layer replaced a block, the gate."""
+    """Return descriptions of the parts that an entry does not describe, keyed by path: activations, the
+    class of the shared expert and, if the layer replaced a block, the class of the gate."""
     moe: Any = unwrap_module(feed_forward.moe)
     found, is_block = {}, isinstance(feed_forward, SparseFeedForward)
     if is_block:
         has_bias = getattr(unwrap_module(moe.gate), "expert_bias", None) is not None
-        found["moe.gate"] = list_weights(moe.gate) + " expert_bias" * has_bias
+        found["moe.gate"] = get_class_name(moe.gate) + " with a bias" * has_bias
     if is_block or moe.shared_expert is not None:
-        found["moe.shared_expert"] = list_weights(moe.shared_expert)
+        found["moe.shared_expert"] = get_class_name(moe.shared_expert)
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
-        if isinstance(module, StackedExperts):
-            found[path] = list_weights(module)
         if (activation := module._modules.get("act")) is not None:
             found[f"{path}.act"] = repr(activation)
     return found
 
 
-def list_weights(module: nn.Module | None) -> str:
-    """Return the name of a module's class and the names of its parameters."""
-    if module is None:
-        return ""
-    module = unwrap_module(module)
-    return " ".join([get_original_class(module).__name__, *sorted(dict(module.named_parameters()))])
+def get_class_name(module: nn.Module | None) -> str:
+    return "" if module is None else get_original_class(unwrap_module(module)).__name__
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
