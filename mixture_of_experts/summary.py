@@ -170,10 +170,12 @@ def choices_per_token(router: RouterHandle) -> float:
 
 def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
     parts: dict[Tensor, float] = {}
-    weights: dict[nn.Module, dict[str, Tensor]] = {}  # layers that share a module must share its placeholders, too
+    weights: dict[nn.Module, dict[str, Tensor]] = {}  # so that layers with a common module share its placeholders
     flops = 0.0
     for module, part in iter_active_modules(model, active_modules.active_shares):
-        for parameter in weights.setdefault(module, get_direct_weights(module)).values():
+        if module not in weights:
+            weights[module] = get_direct_weights(module)
+        for parameter in weights[module].values():
             parts[parameter] = max(part, parts.get(parameter, 0.0))
         flops += 2 * part * count_matrix_weights(module, active_modules)
     active = sum(part * parameter.numel() for parameter, part in parts.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from mixture_of_experts.huggingface.pruning.slicing import (
 )
 from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_on_meta
 from mixture_of_experts.huggingface.router_config import has_own_routers
-from mixture_of_experts.huggingface.saving.configuration import store_layers_in_config
+from mixture_of_experts.huggingface.saving.configuration import find_outermost_models, store_layers_in_config
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
@@ -208,15 +208,6 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 # The configuration
-
-
-def find_outermost_models(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yield the `transformers` models in a module, without the models inside them."""
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from find_outermost_models(child)
 
 
 def find_num_experts_settings(model: PreTrainedModel, numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:

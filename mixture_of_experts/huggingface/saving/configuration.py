@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator, Mapping
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -122,21 +123,29 @@ def read_quantization(config: Any) -> dict[str, Any]:
     return read if isinstance(read, dict) else vars(read)
 
 
-def store_layers_in_config(model: nn.Module) -> None:
-    """Describe a model's `MoE` layers in its configuration.
+def find_outermost_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the `transformers` models in a module, without the models inside them."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from find_outermost_models(child)
+
+
+def store_layers_in_config(module: nn.Module) -> None:
+    """Describe the `MoE` layers of all `transformers` models in a module in the models' configurations."""
+    for model in find_outermost_models(module):
+        if layers := find_layers(model):
+            _store_layers(model, layers)
+
+
+def _store_layers(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
+    """Describe a model's layers in its configuration.
 
     The configuration is copied first, because other models may share it. A model without a head keeps the original
-    configuration, because it may be part of a model with a head, whose configuration must also describe the experts. If
-    `model` is not a `transformers` model, this function processes the `transformers` models inside it that contain
-    `MoE` layers.
+    configuration, because it may be part of a model with a head, whose configuration must also describe the experts.
     """
-    if not isinstance(model, PreTrainedModel):
-        for inner in model.children():
-            store_layers_in_config(inner)
-        return
-    config, layers = model.config, find_layers(model)
-    if not layers:
-        return
+    config = model.config
     for layer in layers.values():
         if layer.record is None or layer.record.layer() is not layer:
             layer.record = LayerRecord(layer)

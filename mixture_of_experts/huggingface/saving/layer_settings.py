@@ -53,7 +53,8 @@ class LayerRecord:
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
-        self.built_parts: dict[str, str] = describe_parts(layer)  #: the same for its parts
+        #: descriptions of the parts of which a layer was built
+        self.built_parts: dict[str, str] = describe_parts(layer)
         self.layer = weakref.ref(layer)
         self.read_entry()
 
@@ -126,8 +127,8 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_parts(feed_forward: MoEFeedForward) -> dict[str, str]:
-    """Return descriptions of the parts that an entry does not describe, keyed by path: activations, the
-    class of the shared expert and, if the layer replaced a block, the class of the gate."""
+    """Return descriptions of the parts that an entry does not describe, keyed by path: activations, the class of the
+    shared expert and, if the layer replaced a block, the class of the gate."""
     moe: Any = unwrap_module(feed_forward.moe)
     found, is_block = {}, isinstance(feed_forward, SparseFeedForward)
     if is_block:
@@ -138,7 +139,7 @@ def describe_parts(feed_forward: MoEFeedForward) -> dict[str, str]:
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
         if (activation := module._modules.get("act")) is not None:
-            found[f"{path}.act"] = repr(activation)
+            found[f"{path}.act"] = repr(unwrap_module(activation))
     return found
 
 
