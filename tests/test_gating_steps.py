@@ -92,7 +92,7 @@ def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
 
 
 def test_learned_scales_multiply_weights_of_made_choices():
-    """A choice that is not made has no share of the weight, whoever leaves it out."""
+    """Choices that are not made have no share of the weight, whatever excludes them."""
     x, scales = torch.randn(1, 3, 8), torch.tensor([2.0, 3.0, 5.0, 7.0])
 
     def build(kind=TopKGating, *args, **settings):
@@ -223,7 +223,7 @@ def test_closed_groups_rank_as_zero():
 
 
 def test_priority_of_a_hash_gate_is_the_score_of_its_experts():
-    """Four tokens want the only slot of expert 0; the last has the largest score for it, the second for another."""
+    """Four tokens compete for the slot of expert 0; the last has the largest score for it, the second for another."""
     capacity = dict(capacity_factor_train=1.0, min_expert_capacity=1)
     gate = HashGating(4, 4, k=1, num_ids=1, priority="score", **capacity)
     gate.experts_of_id.zero_()

@@ -221,7 +221,7 @@ def test_operands_of_a_grouped_product_that_do_not_fit(rows, weight, counts, mes
 
 
 def test_weights_without_data_are_rejected():
-    """Torch would return memory that nobody has written."""
+    """Torch would return uninitialized memory."""
     rows, counts = torch.randn(5, 8), torch.tensor([2, 0, 3])
     with pytest.raises(ValueError, match=r"weights must be on the same device as the tokens \(cpu\), got meta"):
         grouped_matmul(rows, torch.empty(3, 8, 4, device="meta"), counts)

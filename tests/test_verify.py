@@ -86,7 +86,7 @@ def test_small_loss_is_no_fault(coefficient):
 
 
 def make_layer_with_identity_experts() -> nn.Module:
-    """Experts 6 and 7 have no weights. Neither the weights of expert 0 nor one of their shape are used."""
+    """Experts 6 and 7 have no weights. The weights of expert 0 and a parameter of the same shape are unused."""
     experts = ZeroComputationExperts(Experts(8, 6), num_identity=2)
     layer = MoE(8, gate=TopKGating(8, 8, expert_bias=True), experts=experts)
     layer.gate.expert_bias[0] = -9.0

@@ -248,7 +248,7 @@ MODELS: dict[str, Recipe] = {
     "gemma4": Recipe(
         summary=(
             "Gemma 4: a norm before the router, 8 choices, and learned scales of experts. The layer's own norms and "
-            "dense network are not included."
+            "its dense network are not included."
         ),
         gate=dict(k=8, **BATCH_BALANCE),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
@@ -263,7 +263,7 @@ MODELS: dict[str, Recipe] = {
         summary="Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136).",
         gate=dict(k=2, tolerance=0.01),
         gate_class=SparseMixerGating,
-        router_aux_loss_coef=(0.001, 32),  # the default; config.json of Phi-3.5-MoE-instruct has 0
+        router_aux_loss_coef=(0.001, 32),  # the class's default; Phi-3.5-MoE-instruct has 0
         published=PublishedModel("Phi-3.5-MoE", 16, 6.6, 42),
     ),
     "dbrx": Recipe(gate=dict(k=4, normalize=True, **BATCH_BALANCE), router_aux_loss_coef=(0.05, 40)),

@@ -232,7 +232,7 @@ def build_tied() -> Any:
     return build_sparse("mixtral", tie_word_embeddings=True)
 
 
-#: a command or function, and what makes the model in its folder
+#: commands and functions, with builders of the models in their folders
 WITH_TIED_WEIGHTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "convert": ("convert", build_tied),
     "quantize": ("quantize", build_tied),

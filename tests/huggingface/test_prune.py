@@ -411,7 +411,7 @@ def test_layers_that_were_blocks_keep_equally_many():
 @pytest.mark.slow
 @pytest.mark.parametrize("gates", [None, ["1.model.layers.0.mlp.moe.gate", "1.model.layers.1.mlp.moe.gate"]])
 def test_each_model_in_a_module_saves_and_loads(gates, tmp_path):
-    """The configuration of the second one was left as it was."""
+    """The second model's configuration used to keep the old number of experts."""
     tokens = torch.randint(1, 64, (2, 12))
     pair = nn.ModuleList(from_transformers(make_stock("Qwen3Moe")) for _ in range(2))
     prune(pair, 4, "random", gates=gates)

@@ -137,7 +137,7 @@ def test_the_trainer_logs_it(tmp_path, theirs):
 
 
 def test_forwards_without_gradients_are_not_logged(tmp_path):
-    """GRPO samples in training mode, which has another load than the micro-batches."""
+    """GRPO samples in training mode, and the samples have a different load than the micro-batches."""
     made = make_trainer(build_model(), make_batch(16), tmp_path, max_steps=2, logging_steps=1)
     callback, step = log_routing(made), made.training_step
 
