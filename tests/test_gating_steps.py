@@ -224,8 +224,7 @@ def test_closed_groups_rank_as_zero():
 
 def test_priority_of_a_hash_gate_is_the_score_of_its_experts():
     """Four tokens compete for the slot of expert 0; the last has the largest score for it, the second for another."""
-    capacity = dict(capacity_factor_train=1.0, min_expert_capacity=1)
-    gate = HashGating(4, 4, k=1, num_ids=1, priority="score", **capacity)
+    gate = HashGating(4, 4, 1, num_ids=1, priority="score", capacity_factor_train=1.0, min_expert_capacity=1)
     gate.experts_of_id.zero_()
     gate.w_gating.data.copy_(torch.eye(4))
     x = torch.zeros(1, 4, 4)

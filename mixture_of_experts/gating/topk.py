@@ -217,6 +217,7 @@ class TopKGating(TokenChoiceGate):
         logits, score, probs, log_total = recomputed_on_gpu(self._compute_scores, x, self.w_gating, self.b_gating)
         ranked = self._rank_experts(logits, score)
         expert, chosen = self.own_choices(tokens, ranked, probs)
+        top = self.compute_priority(ranked, score.detach(), expert) if self.priority == "score" else None
         if GIVEN in tokens.side:
             expert, chosen = self.apply_overrides(tokens, expert, chosen)
             log_total = logits.logsumexp(dim=-1)  # a given expert may have a low probability
@@ -240,9 +241,6 @@ class TopKGating(TokenChoiceGate):
             z_loss = losses.z_loss_from_expert(logit, prob, tokens.loss_mask, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
-        top = None
-        if self.priority == "score":
-            top = self.compute_priority(ranked, score.detach(), expert)
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 

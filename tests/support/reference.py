@@ -380,8 +380,9 @@ class TopK(TokenChoice):
         allowed = self.allowed(biased)
         top = scores[allowed != -math.inf].max().item()
         experts = largest_indices(allowed, self.k)
-        if self.experts_of_id is not None and token.token_ids is not None:
-            experts = self.experts_of_id[token.token_ids].tolist()
+        if self.experts_of_id is not None:
+            experts = experts if token.token_ids is None else self.experts_of_id[token.token_ids].tolist()
+            top = scores[experts].max().item()
         given = [LIVE] * self.k if token.given_experts is None else token.given_experts.tolist()
         made = [order for order in range(self.choices_of(token)) if given[order] != -1]
         experts = [own if code == LIVE else max(code, -2 - code) for own, code in zip(experts, given, strict=True)]
