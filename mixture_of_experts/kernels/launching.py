@@ -72,7 +72,7 @@ def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+def launch_kernel(kernel: Any, grid: tuple[Any, ...], **arguments: Any) -> None:
     """Launch a kernel. All kernels are launched by this function."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):

@@ -339,7 +339,7 @@ def launch_hidden_grads(
     """Write the gradients of the pre-activations, and return partial sums `(r, blocks)` of the row weights'
     gradients."""
     hidden_dim = operands.w_out.shape[1]
-    partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
+    partial = pre.new_empty(pre.shape[1], -(-hidden_dim // blocks.n), dtype=torch.float32)
     launch_product(
         kernels.hidden_grads,
         tiles,
