@@ -74,8 +74,7 @@ def constraints(session: nox.Session) -> None:
     """Move tests/constraints.txt to the newest releases: of all packages, or of those that are named."""
     session.install("uv")
     what = [f"--upgrade-package={name}" for name in session.posargs] or ["--upgrade"]
-    # one version of each package for all Pythons, where there is one
-    how = ["--universal", "--python-version", PYTHONS[0], "--fork-strategy", "fewest"]
+    how = ["--universal", "--python-version", PYTHONS[0]]  # the newest for each Python
     shown = ["--extra", "dev", "--strip-extras", "--no-annotate", "--no-header", "--quiet"]
     session.run("uv", "pip", "compile", *how, *shown, *what, "pyproject.toml", "--output-file", CONSTRAINTS)
 
